@@ -1,0 +1,1 @@
+"""Benchmarks. `python -m bench.<name>` from the checkout; nothing in the package imports this."""

@@ -1,0 +1,1 @@
+"""Writing text with a model: sampling, the key-value cache, beam search."""

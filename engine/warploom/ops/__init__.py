@@ -4,15 +4,21 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
-from warploom.ops._op import REGISTRY, Op, backend
+from warploom.ops._op import REGISTRY, Op, backend, force_from_environment
 
 if TYPE_CHECKING:  # for type checkers, which cannot see what the loop below exports
+    from warploom.ops.attention import attention as attention
     from warploom.ops.layer_norm import layer_norm as layer_norm
+    from warploom.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from warploom.ops.linear_relu import linear_relu as linear_relu
+    from warploom.ops.rms_norm import rms_norm as rms_norm
+    from warploom.ops.rotary import rotary as rotary
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
 # Bound after the imports: importing a submodule binds its module to the same name.
 globals().update({name: op.function for name, op in REGISTRY.items()})
+force_from_environment()
 
 __all__ = ["REGISTRY", "Op", "backend", *REGISTRY]  # noqa: PLE0604

@@ -9,16 +9,16 @@ custom_op with register_autograd (docs/architecture.md).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from warploom.errors import nearest
+from warploom.errors import UserError, nearest
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Tried in this order; an op's record decides which of them exist.
@@ -26,16 +26,21 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 REGISTRY: dict[str, Op] = {}
 
 _LIBRARY = torch.library.Library("warploom", "DEF")
+_log = logging.getLogger(__name__)
+
+
+class BackendUnavailable(UserError, RuntimeError):
+    """A back end that was asked for cannot serve a call."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op."""
+    """One implementation of an op. Keys of the mappings are operator names without the op's prefix: "fwd", "bwd"."""
 
-    kernels: Mapping[str, Callable[..., Any]]  # operator name without the op's prefix ("fwd", "bwd") -> callable
+    kernels: Mapping[str, Callable[..., Any]]
     devices: tuple[str, ...]  # torch device types it runs on
-    missing: Callable[[], str | None] = lambda: None  # why it cannot run on this machine, None if it can
-    refuses: Callable[..., str | None] = lambda *args: None  # why it cannot take these operator arguments (of fwd)
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run in this process, None if it can
+    refuses: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)  # why it cannot take these arguments
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ class BadCase:
 
 @dataclass(frozen=True)
 class BenchCase:
-    """One input to time. flops and bytes are those of the forward that any implementation must spend; a benchmark
-    divides by them to state a share of the measured ceiling."""
+    """One input to time. flops and bytes are those that any implementation must spend; a benchmark divides by them to
+    state a share of the measured ceiling."""
 
     name: str
     make: Callable[[torch.Generator], dict[str, Any]]
@@ -71,6 +76,7 @@ class BenchCase:
     bytes_per_element: int = 0  # elements read and written at least once; times the dtype's size gives bytes
     backward_flops: int = 0
     backward_bytes_per_element: int = 0
+    backward_in_forward: bool = False  # the gradients are made in the forward pass: the two can be timed only together
 
 
 @dataclass(eq=False)
@@ -79,7 +85,10 @@ class Op:
 
     function: the public function. reference: the same in plain torch, differentiable, any floating dtype (float64 is
     the ground truth of every test). torch_peer: what a torch user would call today; the error and the speed to beat.
-    schemas and fakes: per operator suffix, the torch.library schema and the fake implementation (shapes only).
+    schemas, fakes: per operator suffix, the torch.library schema (a tensor first: its device decides the back end) and
+    the fake implementation (shapes and strides only). checks: per suffix, argument checks that read values; they run
+    inside the operator, where the graph capture of torch.compile does not see them, and on the CPU alone, since reading
+    values of another device would stall it.
     """
 
     name: str
@@ -92,7 +101,9 @@ class Op:
     cases: tuple[Case, ...]
     bad_cases: tuple[BadCase, ...] = ()
     bench_cases: tuple[BenchCase, ...] = ()
-    calls: Counter[str] = field(default_factory=Counter)  # "<operator>/<back end>" -> times chosen, for tests
+    checks: Mapping[str, Callable[..., None]] = field(default_factory=dict)
+    # "<operator suffix>/<back end>" -> times chosen. For tests: threads that race may lose a count.
+    calls: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         REGISTRY[self.name] = self
@@ -103,71 +114,101 @@ class Op:
             torch.library.register_fake(f"warploom::{operator}", self.fakes[suffix], lib=_LIBRARY)
 
     def _dispatcher(self, suffix: str) -> Callable[..., Any]:
+        check = self.checks.get(suffix)
+        usable: dict[str, list[tuple[str, Backend]]] = {}  # per device; what is missing stays so while a process lives
+
+        def select(device: str, args: tuple[Any, ...]) -> tuple[str, Backend]:
+            forced = _forced and _forced.get(self.name, _forced.get("*"))
+            if forced:
+                reason = self.refusal(forced, device, suffix, *args)
+                if reason is not None:
+                    raise BackendUnavailable(
+                        f"back end {forced!r} was asked for, but {self.name}_{suffix} cannot use it: {reason}"
+                    )
+                return forced, self.backends[forced]
+            if device not in usable:
+                usable[device] = [
+                    (name, self.backends[name]) for name in _order(device) if self.refusal(name, device) is None
+                ]
+            for name, backend in usable[device]:
+                refuses = backend.refuses.get(suffix)
+                if refuses is None or refuses(*args) is None:
+                    return name, backend
+            raise BackendUnavailable(f"{self.name}_{suffix} has no back end for device {device!r}")
+
         def dispatch(*args: Any) -> Any:
-            name, backend = self._select(suffix, args)
-            self.calls[f"{suffix}/{name}"] += 1
+            device = args[0].device.type
+            if check is not None and device == "cpu":
+                check(*args)
+            name, backend = select(device, args)
+            key = f"{suffix}/{name}"
+            if key not in self.calls:
+                _log.info("%s_%s runs on back end %s", self.name, suffix, name)
+            self.calls[key] += 1
             return backend.kernels[suffix](*args)
 
         return dispatch
 
-    def _select(self, suffix: str, args: tuple[Any, ...]) -> tuple[str, Backend]:
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
-        forced = _forced.get(self.name, _forced.get("*"))
-        if forced is not None:
-            reason = self.refusal(forced, device, *args)
-            if reason is not None:
-                raise RuntimeError(
-                    f"back end {forced!r} was asked for, but {self.name}_{suffix} cannot use it: {reason}"
-                )
-            return forced, self.backends[forced]
-        for name in PREFERENCE.get(device, ("reference",)):
-            if self.refusal(name, device, *args) is None:
-                return name, self.backends[name]
-        raise RuntimeError(f"{self.name}_{suffix} has no back end for device {device!r}")
-
-    def refusal(self, name: str, device: str, *args: Any) -> str | None:
-        """Say why the back end cannot serve this device (and these operator arguments, if given), None if it can."""
+    def refusal(self, name: str, device: str, suffix: str | None = None, *args: Any) -> str | None:
+        """Say why the back end cannot serve this device (and these arguments of operator `suffix`), None if it can."""
         backend = self.backends.get(name)
         if backend is None:
             return f"{self.name} has no back end {name!r}, it has " + ", ".join(self.backends)
         if device not in backend.devices:
             return f"it runs on {' and '.join(backend.devices)}, not on {device}"
-        return backend.missing() or (backend.refuses(*args) if args else None)
+        reason = backend.missing()
+        if reason is None and suffix in backend.refuses:
+            reason = backend.refuses[suffix](*args)
+        return reason
+
+    def choice(self, device: str) -> str:
+        """Name the back end that serves this device when none is forced and it refuses no argument."""
+        return next(name for name in _order(device) if self.refusal(name, device) is None)
 
 
-def _parse_forced(text: str) -> dict[str, str]:
-    """Read WARPLOOM_BACKEND: "reference" for every op, or "attention=cpu,layer_norm=reference" for some."""
+def _order(device: str) -> tuple[str, ...]:
+    return PREFERENCE.get(device, ("reference",))
+
+
+def _parse_forced(text: str, ops: Iterable[str]) -> dict[str, str]:
+    """Read "reference", for every op, or "attention=cpu,layer_norm=reference", for some. Raises ValueError."""
     forced = {}
-    for part in filter(None, text.split(",")):
-        op, _, name = part.rpartition("=")
-        forced[op or "*"] = _known_backend(name)
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        op, equals, name = (word.strip() for word in part.rpartition("="))
+        if equals and op not in ops:
+            raise ValueError(f"no op is called {op!r}{nearest(op, ops)}")
+        if name not in BACKENDS:
+            raise ValueError(f"no back end is called {name!r}{nearest(name, BACKENDS)}")
+        forced[op or "*"] = name
     return forced
 
 
-def _known_backend(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"no back end is called {name!r}{nearest(name, BACKENDS)}")
-    return name
+# Op name, or "*" for every op, -> the back end it must use.
+_forced: dict[str, str] = {}
 
 
-_forced: dict[str, str] = _parse_forced(os.environ.get("WARPLOOM_BACKEND", ""))
+def force_from_environment() -> None:
+    """Set the forced back ends from WARPLOOM_BACKEND. Called once, when every op is registered."""
+    global _forced
+    try:
+        _forced = _parse_forced(os.environ.get("WARPLOOM_BACKEND", ""), REGISTRY)
+    except ValueError as error:
+        raise UserError(f"WARPLOOM_BACKEND: {error}") from None
 
 
 @contextlib.contextmanager
 def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
     """Force a back end inside a with block: backend("reference") for every op, backend(attention="cpu") for one.
 
-    The choice is made where an operator runs, so a backward pass belongs inside the block too. It holds for the whole
-    process, since autograd runs backward passes in threads of its own. An op that cannot use the forced back end raises
+    The choice is made where an operator runs, so a backward pass belongs inside the block too, and code compiled before
+    obeys it. It holds for the whole process, since autograd runs backward passes in threads of its own; do not open
+    blocks in several threads at once. An op that cannot use the forced back end raises BackendUnavailable, a
     RuntimeError; nothing falls back. Raises ValueError for an unknown back end or op.
     """
     global _forced
-    for op in by_op:
-        if op not in REGISTRY:
-            raise ValueError(f"no op is called {op!r}{nearest(op, REGISTRY)}")
-    wanted = {op: _known_backend(value) for op, value in by_op.items()}
-    if name is not None:
-        wanted["*"] = _known_backend(name)
+    if torch.compiler.is_compiling():
+        raise RuntimeError("backend() inside compiled code would have no effect: open the with block around the call")
+    wanted = _parse_forced(",".join([*filter(None, [name]), *(f"{op}={value}" for op, value in by_op.items())]), REGISTRY)
     before = _forced
     _forced = {**({} if name is not None else before), **wanted}
     try:

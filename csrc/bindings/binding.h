@@ -1,0 +1,67 @@
+// What every binding needs: checks of operator arguments, the switch over dtypes, raw pointers. Include this instead of
+// torch/extension.h, which takes several times as long to compile.
+//
+// The operators of torch.ops.warploom_cpu are called by the operators of torch.ops.warploom alone
+// (engine/warploom/ops), which the public functions have checked; the checks here are what keeps a direct call from
+// reading out of bounds.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "common/dtypes.h"
+
+namespace warploom::bindings {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Calls body with a value of the element type, which only carries that type.
+template <class Body>
+void switch_dtype(const Tensor& tensor, Body&& body) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return body(float{});
+    case at::kDouble:
+      return body(double{});
+    case at::kBFloat16:
+      return body(bf16{});
+    case at::kHalf:
+      return body(fp16{});
+    default:
+      TORCH_CHECK_TYPE(false, "expected float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+template <class T>
+T* data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+// Null where there is no tensor.
+template <class T>
+const T* data(const OptionalTensor& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+inline void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must be ", shape, ", got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
+}
+inline void check(const char* name, const OptionalTensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
+  if (tensor.has_value()) check(name, *tensor, shape, dtype);
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+// What statistics over elements of this dtype are kept in.
+inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+}  // namespace warploom::bindings

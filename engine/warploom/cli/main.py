@@ -1,0 +1,50 @@
+"""The `warploom` command: finds the verb, lets it parse its own flags, turns errors a person can mend into one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from warploom.cli.flags import parse
+from warploom.errors import UserError, nearest
+
+# A verb is the file warploom/cli/<verb>.py with a dataclass Command; only the verb that was asked for is imported.
+VERBS = {
+    "doctor": "what was built, what this machine has, and which back end each op will use and why",
+    "tokenize": "train a tokenizer on text and encode the text into token shards",
+    "train": "train a model on text; with --budget 10m everything else is chosen for you",
+    "sample": "write text with a trained model",
+    "eval": "held-out loss, perplexity and bits per byte of a checkpoint",
+    "bench": "time the ops on this machine, after checking that they are right",
+}
+
+
+def usage() -> str:
+    lines = ["usage: warploom VERB [flags]", "", "Train transformer language models from scratch.", "", "verbs:"]
+    lines += [f"  {verb:<10}{text}" for verb, text in VERBS.items()]
+    lines += ["", "`warploom VERB --help` lists the flags of a verb, with meaning, unit and default."]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0, 2 for bad input, 128 + signal when one ended the run."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    verb, rest = argv[0], argv[1:]
+    try:
+        if verb not in VERBS:
+            raise UserError(f"there is no verb {verb!r}{nearest(verb, VERBS)}")
+        command = parse(importlib.import_module(f"warploom.cli.{verb}").Command, f"warploom {verb}", rest)
+        return command.run() or 0
+    except UserError as error:
+        print(f"warploom: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

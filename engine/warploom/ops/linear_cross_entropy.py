@@ -1,0 +1,214 @@
+"""Cross-entropy of hidden weight^T against target classes, without ever holding the (N, V) logits.
+
+Rows are taken in chunks, and the gradients are made in the forward pass, while a chunk's logits are still there
+(Liger-Kernel's fused linear cross-entropy, 2024). Extra memory is one chunk of logits instead of N x V.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
+
+# Logits held at a time. 4 Mi float32 elements are 16 MiB: 512 rows of an 8192-word vocabulary, 83 of 50304 words.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """Return the mean (or sum) of -log softmax(hidden weight^T)[target] in nats: a float32 scalar.
+
+    hidden: (..., C); weight: (V, C), of hidden's dtype or float32; targets: (...) int64, in [0, V) or ignore_index.
+    Rows whose target is ignore_index count neither in the sum nor in the mean; if all are ignored the sum is 0, the
+    mean NaN, and the gradients zero, as in torch. float64 in, float64 out.
+    The products run in hidden's dtype (weight is cast to it), so bf16 logits carry bf16's 8 bits, as under torch's
+    autocast; all else is float32, and dweight is summed over the chunks in float32 and returned in weight's dtype.
+    Raises ValueError for a wrong shape, reduction or target (targets are read on the CPU only), TypeError for a wrong
+    dtype.
+    """
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden must be floating point, got {hidden.dtype}")
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"weight must be (V, C), V at least 1, to match hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}")
+    if weight.dtype not in (hidden.dtype, torch.float32):
+        raise TypeError(f"weight must be {hidden.dtype} as hidden is or torch.float32, got {weight.dtype}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be torch.int64, got {targets.dtype}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])} to match hidden, got {tuple(targets.shape)}")
+    for name, tensor in (("weight", weight), ("targets", targets)):
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {tensor.device}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    with_grad = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(
+        hidden,
+        weight,
+        targets,
+        ignore_index,
+        reduction == "mean",
+        with_grad and hidden.requires_grad,
+        with_grad and weight.requires_grad,
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index, mean, need_dhidden, need_dweight):
+        loss, count, dhidden, dweight = torch.ops.warploom.linear_cross_entropy_fwd.default(
+            hidden, weight, targets, ignore_index, need_dhidden, need_dweight
+        )
+        ctx.save_for_backward(count, dhidden, dweight)
+        ctx.mean, ctx.need_dhidden, ctx.need_dweight = mean, need_dhidden, need_dweight
+        return loss / count if mean else loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        count, dhidden, dweight = ctx.saved_tensors
+        # The clamp keeps the zero gradients of a batch with nothing to predict: 0 / 0 would make them NaN.
+        scale = dloss / count.clamp(min=1) if ctx.mean else dloss
+        return (
+            dhidden * scale if ctx.need_dhidden else None,
+            dweight * scale if ctx.need_dweight else None,
+            *(None,) * 5,
+        )
+
+
+def linear_cross_entropy_reference(hidden, weight, targets, ignore_index=-100, reduction="mean"):
+    logits = F.linear(hidden, weight.to(hidden.dtype)).reshape(-1, weight.shape[0])
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, targets.reshape(-1), ignore_index=ignore_index, reduction=reduction)
+
+
+def _check_values(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
+    V = weight.shape[0]
+    wrong = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
+    if wrong.any():
+        value = int(targets[wrong][0])
+        raise ValueError(f"targets must be in [0, {V}) or ignore_index {ignore_index}, got {value}")
+
+
+def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
+    V, C = weight.shape
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    narrow = hidden.dtype != wide
+    x = hidden.reshape(-1, C)
+    w = weight.to(hidden.dtype)
+    targets = targets.reshape(-1, 1)
+    kept = targets != ignore_index  # (N, 1)
+    safe_targets = targets.where(kept, 0)
+    N = x.shape[0]
+
+    loss = torch.zeros((), dtype=wide, device=x.device)
+    dhidden = x.new_empty((N, C) if need_dhidden else 0)
+    dweight = torch.zeros((V, C) if need_dweight else 0, dtype=wide, device=x.device)
+    chunk = min(N, max(1, CHUNK_ELEMENTS // max(V, 1)))
+    products = x.new_empty(chunk, V)
+    buffer = torch.empty_like(products, dtype=wide) if narrow else products
+    for start in range(0, N, max(chunk, 1)):
+        rows = slice(start, min(start + chunk, N))
+        n = rows.stop - rows.start
+        logits = torch.mm(x[rows], w.mT, out=products[:n])  # (n, V)
+        if narrow:
+            logits = buffer[:n].copy_(logits)
+        log_p = torch.log_softmax(logits, 1, out=logits)
+        loss -= log_p.gather(1, safe_targets[rows]).mul_(kept[rows]).sum()
+        if not (need_dhidden or need_dweight):
+            continue
+        dlogits = log_p.exp_().mul_(kept[rows])
+        dlogits.scatter_add_(1, safe_targets[rows], kept[rows].to(wide).neg_())
+        if narrow:
+            dlogits = products[:n].copy_(dlogits)
+        if need_dhidden:
+            torch.mm(dlogits, w, out=dhidden[rows])
+        if need_dweight and narrow:
+            dweight += dlogits.mT @ x[rows]
+        elif need_dweight:
+            dweight.addmm_(dlogits.mT, x[rows])
+    return loss, kept.sum().to(wide), dhidden.view(hidden.shape) if need_dhidden else dhidden, dweight.to(weight.dtype)
+
+
+def _fake_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    loss = hidden.new_empty((), dtype=wide)
+    dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
+    dweight = weight.new_empty(weight.shape if need_dweight else 0)
+    return loss, torch.empty_like(loss), dhidden, dweight
+
+
+def _case(*leading, C, V, reduction="mean", ignored=(), spread=1.0):
+    def make(generator):
+        hidden = spread * torch.randn(*leading, C, generator=generator, dtype=torch.float64)
+        weight = torch.randn(V, C, generator=generator, dtype=torch.float64) * C**-0.5
+        targets = torch.randint(V, leading, generator=generator)
+        targets.view(-1)[list(ignored)] = -100
+        return {"hidden": hidden, "weight": weight, "targets": targets, "reduction": reduction}
+
+    return make
+
+
+def _bad(name, match, error=ValueError, **changed):
+    good = {"hidden": torch.ones(2, 3, 4), "weight": torch.ones(5, 4), "targets": torch.zeros(2, 3, dtype=torch.int64)}
+    return BadCase(name, lambda: {**good, **changed}, error, match)
+
+
+def _bench(N, C, V):
+    return BenchCase(
+        f"{N}x{C}x{V}",
+        _case(N, C=C, V=V),
+        flops=2 * N * C * V,
+        backward_flops=4 * N * C * V,
+        bytes_per_element=N * C + V * C,
+        backward_bytes_per_element=N * C + V * C,
+        backward_in_forward=True,
+    )
+
+
+OP = Op(
+    name="linear_cross_entropy",
+    function=linear_cross_entropy,
+    reference=linear_cross_entropy_reference,
+    torch_peer=linear_cross_entropy_reference,  # whole logits, as a torch user writes it
+    schemas={
+        "fwd": "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_dhidden, "
+        "bool need_dweight) -> (Tensor, Tensor, Tensor, Tensor)",
+    },
+    fakes={"fwd": _fake_fwd},
+    checks={"fwd": _check_values},
+    backends={"reference": Backend(kernels={"fwd": _reference_fwd}, devices=("cpu", "cuda"))},
+    cases=(
+        Case("tiny", _case(2, 3, C=4, V=5), gradcheck=True),
+        Case("tiny_sum_ignored", _case(6, C=4, V=5, reduction="sum", ignored=(0, 4)), gradcheck=True),
+        Case("tiny_mean_ignored", _case(6, C=4, V=5, ignored=(1, 2, 5)), gradcheck=True),
+        Case("one_class", _case(3, C=4, V=1)),
+        Case("no_rows_sum", _case(0, C=4, V=5, reduction="sum")),
+        Case("all_ignored_sum", _case(2, C=4, V=5, reduction="sum", ignored=(0, 1))),
+        Case("batched", _case(3, 17, C=48, V=257, ignored=(2, 50))),
+        Case("several_chunks", _case(9, C=8, V=1_200_007, reduction="sum"), dtypes=(torch.float32, torch.bfloat16)),
+        # Logits in the hundreds: probabilities underflow to 0 while the loss must stay finite.
+        Case("large_logits", _case(20, C=32, V=64, spread=200.0)),
+    ),
+    bad_cases=(
+        _bad("hidden_integers", "hidden must be floating", TypeError, hidden=torch.ones(2, 3, 4, dtype=torch.int64)),
+        _bad("weight_shape", r"weight must be \(V, C\), V at least 1", weight=torch.ones(5, 3)),
+        _bad("weight_dtype", "weight must be torch.float32", TypeError, weight=torch.ones(5, 4).half()),
+        _bad("targets_shape", r"targets must be \(2, 3\)", targets=torch.zeros(6, dtype=torch.int64)),
+        _bad("targets_dtype", "targets must be torch.int64", TypeError, targets=torch.zeros(2, 3)),
+        _bad("target_too_large", r"targets must be in \[0, 5\) or ignore_index -100, got 7", targets=torch.full((2, 3), 7)),
+        _bad("target_negative", "got -1", targets=torch.full((2, 3), -1)),
+        _bad("reduction", "reduction must be 'mean' or 'sum', got 'none'", reduction="none"),
+    ),
+    bench_cases=(_bench(4096, 384, 8192), _bench(1024, 768, 50304)),
+)

@@ -1,0 +1,77 @@
+"""Which optimizer takes which parameter: AdamW for all of them, or Muon for the hidden matrices and AdamW for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from warploom.errors import UserError
+from warploom.optim.muon import Muon
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw for every parameter, or muon for the hidden matrices and adamw for embeddings, norms and biases."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's first and second moment, per step."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the hidden matrices, times the learning rate, per step; the rest never decays."""
+    muon_lr: float = 3e-3
+    """Peak learning rate of Muon; its updates have AdamW's usual size, so the two rates are of one order."""
+    momentum: float = 0.95
+    """Momentum of Muon, per step."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "eps"):
+            if not 0 < getattr(self, name) < 10:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; give a number above 0 and below 10")
+        if self.weight_decay < 0:
+            raise UserError(f"optimizer.weight_decay is {self.weight_decay}; give 0 or more")
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
+            if not 0 <= value < 1:
+                raise UserError(f"optimizer.{name} holds {value}; give fractions from 0 to below 1")
+
+
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, *, muon_dtype: torch.dtype = torch.float32
+) -> list[Optimizer]:
+    """Return the optimizers that together hold every trainable parameter of model once.
+
+    Hidden matrices are the parameters of two dimensions that belong to no embedding and not to the output layer.
+    Each group keeps its peak learning rate under "peak_lr". muon_dtype is the dtype of Muon's matrix products.
+    """
+    hidden = _hidden_matrices(model)
+    is_hidden = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in is_hidden]
+    no_decay = {"params": rest, "weight_decay": 0.0}
+
+    def adamw(groups: list[dict]) -> AdamW:
+        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+    optimizers: list[Optimizer]
+    if config.name == "muon":
+        muon = Muon(
+            hidden, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay, dtype=muon_dtype
+        )
+        optimizers = [muon, adamw([no_decay])]
+    else:
+        optimizers = [adamw([{"params": hidden, "weight_decay": config.weight_decay}, no_decay])]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables.add(id(getattr(model, "output_weight", None)))
+    return [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in tables]

@@ -1,0 +1,95 @@
+"""The largest micro batch that memory holds, found by running training steps of growing size.
+
+On a GPU a step that does not fit raises, so sizes are simply tried. On a CPU it would wake the out-of-memory killer, so
+there the growth from small steps is measured and the rest is reckoned.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+# The rest is for checkpoints, evaluation and whoever else uses the machine.
+_USABLE = 0.7
+_CLEAR_GROWTH_BYTES = 64 << 20  # less may be an allocator that fills its own holes
+_SAMPLE_EVERY_S = 0.001
+
+
+def find_micro_batch_size(
+    run_step: Callable[[int], None], global_batch_size: int, device: torch.device, *, reserve_bytes: int
+) -> int:
+    """Return the largest divisor of global_batch_size whose forward and backward pass fits, at least 1.
+
+    run_step(size) makes such a pass over size sequences. reserve_bytes are kept free: what training will allocate
+    later, optimizer state above all.
+    """
+    sizes = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
+    if device.type == "cuda":
+        return _by_trial(run_step, sizes, device, reserve_bytes)
+    return _by_growth(run_step, sizes, _USABLE * available_bytes() - reserve_bytes)
+
+
+def _by_trial(run_step: Callable[[int], None], sizes: list[int], device: torch.device, reserve_bytes: int) -> int:
+    largest = 1
+    reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
+    for size in sizes:
+        try:
+            run_step(size)
+        except torch.OutOfMemoryError:
+            break
+        largest = size
+    del reserve
+    gc.collect()  # the traceback of the failed step held its activations
+    torch.cuda.empty_cache()
+    return largest
+
+
+def _by_growth(run_step: Callable[[int], None], sizes: list[int], room_bytes: float) -> int:
+    run_step(sizes[0])  # gradients and caches are allocated once, whatever the size
+    first = peak = _peak_rss_bytes(lambda: run_step(sizes[0]))
+    measured = sizes[0]
+    for size in sizes[1:]:
+        if peak - first >= _CLEAR_GROWTH_BYTES or peak - first >= room_bytes / 4:
+            break
+        peak, measured = _peak_rss_bytes(lambda size=size: run_step(size)), size
+    if measured == sizes[0]:
+        return measured
+    per_sequence = max(peak - first, _CLEAR_GROWTH_BYTES // 16) / (measured - sizes[0])
+    return max(size for size in sizes if size <= measured or (size - sizes[0]) * per_sequence <= room_bytes)
+
+
+def _peak_rss_bytes(run: Callable[[], None]) -> int:
+    """The largest resident set while run() works. Sampled, since the system's own high-water mark never comes down."""
+    process = psutil.Process()
+    peak = 0
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(_SAMPLE_EVERY_S):
+            peak = max(peak, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        run()
+    finally:
+        done.set()
+        sampler.join()
+    return max(peak, process.memory_info().rss)
+
+
+def available_bytes() -> int:
+    """Memory that new allocations of this process can have: the machine's, or less where its control group says so."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:  # no control groups (of version 2) here
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))

@@ -1,0 +1,59 @@
+"""The training step, and nothing else: what the trainer does around it is in trainer.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from warploom.train.batches import IGNORE_INDEX, Batch, inputs_to
+
+
+class StepOutcome(NamedTuple):
+    loss: float  # mean over the targets of the global batch, nats
+    grad_norm: float  # before clipping
+    num_targets: int
+    skipped: bool  # loss or gradient not finite: weights, moments and update count are as before
+
+
+def training_step(
+    loss_sum: Callable[..., Tensor],
+    micro_batches: Sequence[Batch],
+    parameters: Sequence[nn.Parameter],
+    optimizers: Sequence[Optimizer],
+    *,
+    grad_clip: float,
+) -> StepOutcome:
+    """Make one update from the mean loss over all targets of the micro batches, however they are split.
+
+    loss_sum(tokens, targets, **inputs) returns the sum of the losses of one micro batch's targets, a scalar. A loss or
+    gradient that is not finite makes no update; neither does a batch without targets, whose mean is 0 / 0.
+    """
+    device = parameters[0].device
+    num_targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in micro_batches)
+    for parameter in parameters:
+        parameter.grad = None
+    loss = torch.zeros((), device=device)
+    for batch in micro_batches:
+        # Dividing by the count of the whole global batch makes the split invisible: a mean of means would not be.
+        micro_loss = loss_sum(**inputs_to(batch, device)) / num_targets
+        micro_loss.backward()
+        loss += micro_loss.detach()
+
+    grads = [p.grad for p in parameters if p.grad is not None]
+    grad_norm = get_total_norm(grads)
+    # One read of both for the host: a step that is not finite must not reach the optimizers.
+    loss_value, norm_value = torch.stack((loss, grad_norm)).tolist()
+    skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
+    if not skipped:
+        if grad_clip:
+            clip_grads_with_norm_(parameters, grad_clip, grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+    return StepOutcome(loss_value, norm_value, num_targets, skipped)
+
