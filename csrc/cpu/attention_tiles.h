@@ -33,10 +33,10 @@ struct OperandOf<bf16> {
 template <class T>
 using Operand = typename OperandOf<T>::type;
 
-template <class E>
-using Sum = typename Arithmetic<E>::Scalar;
-template <class E>
-using Lanes = typename Arithmetic<E>::Vector;
+template <class T>
+using Sum = typename Accumulator<T>::type;
+template <class T>
+using Lanes = typename VectorOf<T>::type;
 
 template <class A, class B>
 constexpr bool kSame = false;
@@ -246,7 +246,7 @@ WARPLOOM_INLINE const E* operand_row(const T* row, int64_t count, int64_t padded
   return buffer;
 }
 
-// Rows as a left operand: out (padded_rows, padded), zeros beyond the rows and columns there are. times_sign is 1 or -1.
+// Rows as a left operand: out (padded_rows, padded), zeros beyond the rows and columns there are.
 template <class T, class E>
 void pack_left(const T* rows, int64_t row_stride, int64_t num_rows, int64_t count, int64_t padded_rows, int64_t padded,
                E* out) {
@@ -360,6 +360,28 @@ void pack_right_transposed(const T* rows, int64_t row_stride, int64_t num_rows, 
       sources[i] = reinterpret_cast<const Unit<E>*>(source);
     }
     transpose_16_rows(sources, padded / kGroup<E>, reinterpret_cast<Unit<E>*>(out + r * padded), kPanel);
+  }
+}
+
+// Rows as a left operand, A = rows^T: out (count padded to 16, padded_rows), where padded_rows is a multiple of
+// kDepthStep. buffer: (16 + 1) * kGroup * padded elements, padded as in pack_right.
+template <class T, class E>
+void pack_left_transposed(const T* rows, int64_t row_stride, int64_t num_rows, int64_t count, int64_t padded_rows,
+                          E* out, E* buffer) {
+  constexpr int step = kPanel * kGroup<E>;
+  const int64_t padded = round_up(count, kPanel);
+  E* interleaved = buffer + kGroup<E> * padded;
+  for (int64_t k = 0; k < padded_rows; k += step) {
+    const int64_t there = num_rows - k < 0 ? 0 : num_rows - k < step ? num_rows - k : step;
+    pack_right(rows + k * row_stride, row_stride, there, count, step, interleaved, kPanel * step, buffer);
+    for (int64_t d = 0; d < padded; d += kPanel) {
+      const Unit<E>* sources[kPanel];
+      for (int i = 0; i < kPanel; ++i) {
+        sources[i] = reinterpret_cast<const Unit<E>*>(interleaved + d * step + i * step);
+      }
+      transpose_16_rows(sources, kPanel, reinterpret_cast<Unit<E>*>(out + d * padded_rows + k),
+                        padded_rows / kGroup<E>);
+    }
   }
 }
 

@@ -46,7 +46,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import xxhash
 from torch import Tensor
@@ -211,7 +211,7 @@ def parse_manifest(data: bytes) -> Manifest:
     step, loss, files = raw.get("step"), raw.get("heldout_loss"), raw.get("files")
     if not is_count(step):
         raise ValueError(f"has the step {step!r}")
-    if loss is not None and not (isinstance(loss, int | float) and math.isfinite(loss)):
+    if loss is not None and not (isinstance(loss, float) and math.isfinite(loss)):
         raise ValueError(f"has the heldout_loss {loss!r}")
     if not isinstance(files, dict):
         raise ValueError("lists no files")
@@ -253,6 +253,6 @@ def _tensor_record(file: str, name: str, raw: Any) -> TensorRecord:
     return TensorRecord(raw["dtype"], tuple(raw["shape"]), raw["xxh3_128"])
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Whether a parsed JSON value is a non-negative integer (True and False are not)."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -36,6 +37,11 @@ DTYPE_CODES = {
     torch.bool: "BOOL",
 }
 _ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPE_CODES.items()}
+_MAX_DIMS = 64  # torch's limit
+
+# Values of an untrusted header may be megabytes long; the reason for refusing them should not be.
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxlong = 200
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def build_header(tensors: dict[str, Tensor]) -> tuple[bytes, list[str]]:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """View a tensor's elements as bytes in row-major order; copies only what is on a device or not contiguous."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_header(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
@@ -79,10 +85,10 @@ def read_header(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
     the last tensor. Reads at most the header.
     """
     prefix = file.read(8)
-    if prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise ValueError("is a pickle or a zip of pickles, which is never opened; convert it to safetensors")
     header_bytes = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+        if prefix[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise ValueError("is a pickle or a zip of pickles, which is never opened; convert it to safetensors")
         raise ValueError(f"is no safetensors file: it has {file_bytes} bytes and a header length of {header_bytes}")
     text = file.read(header_bytes)
     if not text.startswith(b"{"):
@@ -99,7 +105,8 @@ def read_header(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position:
-            raise ValueError(f"has {'a hole before' if entry.start > position else 'an overlap at'} tensor {name!r}")
+            flaw = "a hole before" if entry.start > position else "an overlap at"
+            raise ValueError(f"has {flaw} tensor {_shown.repr(name)}")
         position = entry.end
     if position != file_bytes:
         raise ValueError(f"has {file_bytes} bytes, its header accounts for {position}")
@@ -107,15 +114,20 @@ def read_header(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
 
 
 def _entry(name: str, raw: object, data_start: int) -> Entry:
+    shown = _shown.repr(name)
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"has a header entry {name!r} without exactly dtype, shape and data_offsets")
+        raise ValueError(f"has a header entry {shown} without exactly dtype, shape and data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise ValueError(f"has tensor {name!r} of unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(map(is_count, shape)):
-        raise ValueError(f"has tensor {name!r} of shape {shape!r}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
-        raise ValueError(f"has tensor {name!r} with data_offsets {offsets!r}")
+        raise ValueError(f"has tensor {shown} of unknown dtype {_shown.repr(dtype)}")
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(map(_is_int64, shape)):
+        raise ValueError(f"has tensor {shown} of shape {_shown.repr(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_int64, offsets)):
+        raise ValueError(f"has tensor {shown} with data_offsets {_shown.repr(offsets)}")
     if offsets[1] - offsets[0] != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise ValueError(f"has tensor {name!r} of {dtype} {shape} in {offsets[1] - offsets[0]} bytes")
+        raise ValueError(f"has tensor {shown} of {dtype} {shape} in {offsets[1] - offsets[0]} bytes")
     return Entry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _is_int64(value: object) -> bool:
+    return is_count(value) and value < 2**63

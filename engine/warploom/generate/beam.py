@@ -35,9 +35,9 @@ def beam_search(
     """Return up to num_beams hypotheses per source, best first.
 
     source: (B, S) int64, right-padded; source_lengths: (B,). Each step extends every live beam by every token and keeps
-    the num_beams likeliest; one that ends leaves the beam, and a source is done when num_beams have ended. length_penalty
-    0 compares whole log-probabilities, 1 means per token. Beams cut at max_new_tokens or at the model's context fill the
-    list where too few ended. num_beams 1 is greedy.
+    the num_beams likeliest; one that ends leaves the beam, and a source is done when num_beams have ended. Beams cut at
+    max_new_tokens or at the model's context fill the list where too few ended. length_penalty 0 compares whole
+    log-probabilities, 1 means per token. num_beams 1 is greedy.
     Raises UserError for num_beams below 1.
     """
     if num_beams < 1:
@@ -49,7 +49,7 @@ def beam_search(
         searches = [_Search(num_beams, length_penalty) for _ in range(source.shape[0])]
         B, device = source.shape[0], source.device
         beams = torch.arange(B, device=device).repeat_interleave(num_beams)  # (B * num_beams,)
-        source, source_lengths = source[beams], source_lengths[beams]
+        memory, source_lengths = model.encode(source, source_lengths)[beams], source_lengths[beams]
         tokens = torch.full((B * num_beams, 1), bos_id, device=device)
         # All beams of a source start alike, so only the first may be extended in the first step.
         scores = torch.full((B, num_beams), -torch.inf, device=device)
@@ -58,7 +58,7 @@ def beam_search(
         for step in range(steps):
             positions = torch.full((B * num_beams, 1), step, device=device)
             hidden = model(
-                tokens[:, -1:], positions=positions, cache=cache, source=source, source_lengths=source_lengths
+                tokens[:, -1:], positions=positions, cache=cache, memory=memory, source_lengths=source_lengths
             )
             cache.advance()
             log_probs = model.logits(hidden[:, 0]).float().log_softmax(-1)  # (B * num_beams, V)

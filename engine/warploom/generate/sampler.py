@@ -108,7 +108,8 @@ def sample_tokens(
         seen = _mark_seen(tokens, lengths, model.config.vocab_size)
         arguments: dict[str, Tensor] = {}
         if source is not None:
-            arguments["source"], arguments["source_lengths"] = pad_right(source, device)
+            padded, arguments["source_lengths"] = pad_right(source, device)
+            arguments["memory"] = model.encode(padded, arguments["source_lengths"])
         cache = KeyValueCache(lengths, room) if sampling.use_cache else None
         rows = torch.arange(B, device=device)
         for step in range(room - T):

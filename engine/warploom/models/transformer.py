@@ -88,7 +88,7 @@ class Stack(nn.Module):
         x = self.dropout(self.position.embed(x, positions).to(dtype))
         stream = None
         for block in self.blocks:
-            if recompute and torch.is_grad_enabled():
+            if recompute:
                 x, stream = checkpoint(block, x, stream, context, use_reentrant=False)
             else:
                 x, stream = block(x, stream, context)
@@ -125,7 +125,6 @@ class Transformer(nn.Module):
         if not self.embedding.weight.is_meta:
             self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew, by generator or torch's global one.
 
@@ -140,23 +139,20 @@ class Transformer(nn.Module):
         | norms                                    | weight 1, bias 0                                            |
         """
         std = self.config.init_std
-
-        def draw(weight: Tensor, std: float) -> None:
-            nn.init.normal_(weight, std=std, generator=generator)
-
-        for module in self.modules():
-            if isinstance(module, Embedding):
-                draw(module.weight, self.config.d_model**-0.5 if self.config.scale_embedding else std)
-            elif isinstance(module, (nn.Embedding, nn.Linear)):
-                draw(module.weight, std)
-            elif isinstance(module, Norm):
-                module.weight.fill_(1.0)
-            if getattr(module, "bias", None) is not None and isinstance(module, (nn.Linear, Norm)):
-                module.bias.zero_()
+        residual_std = {}
         for stack in filter(None, (self.encoder, self.stack)):
             writers = [module for name, module in stack.named_modules() if name.endswith(RESIDUAL_WRITERS)]
-            for module in writers:
-                draw(module.weight, std / math.sqrt(len(writers)))
+            residual_std.update(dict.fromkeys(writers, std / math.sqrt(len(writers))))
+        for module in self.modules():
+            if isinstance(module, Norm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, Embedding) and self.config.scale_embedding:
+                nn.init.normal_(module.weight, std=self.config.d_model**-0.5, generator=generator)
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=residual_std.get(module, std), generator=generator)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, nn.Parameter):
+                nn.init.zeros_(bias)
 
     def forward(
         self,
@@ -173,6 +169,7 @@ class Transformer(nn.Module):
         """Return the hidden states after the final norm, (B, T, C) in compute_dtype.
 
         tokens: (B, T) int64. positions: (T,), or (B, T) where rows differ, int64; 0, 1, ... if None.
+        Without cu_seqlens, the key at index j of a row is taken to be at position j.
         lengths: (B,) integers, tokens per row; an encoder hides the padding behind them, a decoder does so by being
         causal. What is returned at padding means nothing.
         cu_seqlens: (number of documents + 1,) int32 offsets into the B * T tokens read row after row: documents that
@@ -190,17 +187,18 @@ class Transformer(nn.Module):
             )
         if cu_seqlens is not None and (lengths is not None or cache is not None or self.encoder is not None):
             raise ValueError("cu_seqlens excludes lengths, cache and source: packed documents are for training")
-        if self.config.position == "learned" and tokens.shape[1] > self.config.max_seq_len:
-            raise ValueError(
-                f"tokens must be (B, T) with T at most max_seq_len {self.config.max_seq_len}, got {tuple(tokens.shape)}"
-            )
+        if cu_seqlens is not None and positions is None:
+            raise ValueError("cu_seqlens needs the positions of the packed tokens, got None")
+        limit = self.stack.position.max_seq_len
+        if limit is not None and tokens.shape[1] > limit:
+            raise ValueError(f"tokens must be at most {limit} long, the learned positions; got {tuple(tokens.shape)}")
         if source is not None:
             memory = self.encode(source, source_lengths)
         shape = tokens.shape
         if positions is None:
             positions = torch.arange(shape[1], device=tokens.device)
         if cu_seqlens is not None:
-            tokens, positions = tokens.view(1, -1), positions.expand(shape).reshape(1, -1)
+            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         hidden = self.stack(
             self.embedding(tokens),
             dtype=self.compute_dtype,
@@ -214,3 +212,58 @@ class Transformer(nn.Module):
             recompute=self.gradient_checkpointing,
         )
         return hidden.view(*shape, -1)
+
+    def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """Return the memory (B, S, C) of the source (B, S), for forward's memory. Encoder-decoder only."""
+        if self.encoder is None:
+            raise ValueError(f"only an encoder-decoder encodes a source; this model is a {self.config.architecture}")
+        embedding = self.embedding if self.source_embedding is None else self.source_embedding
+        S = source.shape[1]
+        return self.encoder(
+            embedding(source),
+            dtype=self.compute_dtype,
+            positions=torch.arange(S, device=source.device),
+            window=S,
+            key_lengths=source_lengths,
+            recompute=self.gradient_checkpointing,
+        )
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, C): the weight of the output layer, which is the token embedding's if they are tied."""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the next-token logits (..., V) of hidden states (..., C), in their dtype."""
+        return F.linear(hidden, self.output_weight.to(hidden.dtype))
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum"] = "mean", **arguments: Any
+    ) -> Tensor:
+        """Return the cross-entropy of targets (B, T) in nats, a float32 scalar; targets of -100 do not count.
+
+        arguments: those of forward. The logits of the whole batch are never held at once.
+        """
+        hidden = self(tokens, **arguments)
+        return linear_cross_entropy(hidden, self.output_weight, targets, reduction=reduction)
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters; a weight that is used twice counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return the floating-point operations that training spends per token, forward and backward.
+
+        Only matrix products count, at 2 per multiply-add, and the backward pass costs twice the forward:
+        6 per weight of each linear layer and of the output layer (an embedding is a look-up: none), and for attention
+        12 H D per layer and key seen (q k^T and p v). A token sees seq_len keys, in causal attention half as many.
+        Recomputation under gradient checkpointing is not work that training needs, so it does not count.
+        Encoder-decoder: per token of the target, with a source as long as the target.
+        """
+        config = self.config
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear) and m is not self.lm_head)
+        keys = config.num_layers * (seq_len / 2 if self.stack.causal else seq_len)
+        if self.encoder is not None:
+            keys += (config.encoder_layers + config.num_layers) * seq_len  # the encoder's own and cross-attention
+        per_key = 12 * config.num_heads * config.head_width
+        return int(6 * (weights + self.output_weight.numel()) + per_key * keys)

@@ -1,0 +1,20 @@
+"""Modules on the ops, by torch.nn's names. Each works alone: float32 weights, activations in any floating dtype."""
+
+from warploom.nn.attention import AttentionCache, AttentionContext, CrossAttention, SelfAttention
+from warploom.nn.embedding import Embedding
+from warploom.nn.feed_forward import FeedForward, SwiGLU
+from warploom.nn.linear import Linear
+from warploom.nn.norm import LayerNorm, RMSNorm
+
+__all__ = [
+    "AttentionCache",
+    "AttentionContext",
+    "CrossAttention",
+    "Embedding",
+    "FeedForward",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "SelfAttention",
+    "SwiGLU",
+]

@@ -36,7 +36,7 @@ class LayerNorm(Norm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = layer_norm(x, self.weight.to(x.dtype), bias, self.eps, residual)
-        return (y, x) if residual is None else y
+        return (y, x) if residual is None else y  # type: ignore[return-value]
 
 
 class RMSNorm(Norm):
@@ -47,4 +47,4 @@ class RMSNorm(Norm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = rms_norm(x, self.weight.to(x.dtype), self.eps, residual)
-        return (y, x) if residual is None else y
+        return (y, x) if residual is None else y  # type: ignore[return-value]

@@ -19,6 +19,9 @@ from warploom.ops.rotary import rotary
 class NoPosition(nn.Module):
     """Adds nothing, rotates nothing; order is seen through the causal mask alone (and in an encoder not at all)."""
 
+    max_seq_len: int | None = None
+    """Positions from here on do not exist."""
+
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add positions (T,) or (B, T) to token embeddings x (B, T, C)."""
         return x
@@ -55,6 +58,7 @@ class LearnedPosition(NoPosition):
 
     def __init__(self, max_seq_len: int, d_model: int) -> None:
         super().__init__()
+        self.max_seq_len = max_seq_len
         self.table = nn.Embedding(max_seq_len, d_model)
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -96,16 +100,14 @@ class AlibiPosition(NoPosition):
 
 
 class BucketPosition(NoPosition):
-    """Adds a learned number per head and bucket of relative positions to the attention logits (T5, Raffel et al., 2020).
+    """Adds a learned number per head and bucket of distances to the attention logits (T5, Raffel et al., 2020).
 
     Half of the buckets hold one distance each; the others grow geometrically up to max_distance, and the last holds
     all beyond. bidirectional: keys before and after the query get half of the buckets each, for encoders; otherwise
     keys after the query, which a causal mask hides, fall in bucket 0.
     """
 
-    def __init__(
-        self, num_heads: int, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
-    ) -> None:
+    def __init__(self, num_heads: int, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__()
         self.bidirectional = bidirectional
         self.max_distance = max_distance

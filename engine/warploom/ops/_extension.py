@@ -28,6 +28,14 @@ def _load() -> str | None:
 missing: str | None = _load()
 
 
+def why_missing(*names: str) -> str | None:
+    """Say why the C++ kernels of these names cannot be called, None if they can."""
+    if missing is not None:
+        return missing
+    absent = [name for name in names if not hasattr(torch.ops.warploom_cpu, name)]
+    return f"the compiled extension was built from other sources: it lacks {', '.join(absent)}" if absent else None
+
+
 def cpu_kernel(name: str) -> Callable[..., Any]:
     """Return the C++ kernel torch.ops.warploom_cpu.<name>, looked up at its first call so that a missing extension
     is reported by the op that wanted it and not at import."""

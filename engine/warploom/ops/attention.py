@@ -238,14 +238,15 @@ def _reference_bwd(do, q, k, v, o, lse, bias, cu_seqlens, key_lengths, causal, s
     wide = lse.dtype
     dq, dk, dv, dbias = _fake_bwd(do, q, k, v, o, lse, bias, cu_seqlens, key_lengths, causal, softmax_scale)
     wide_dbias = torch.zeros_like(dbias, dtype=wide)
-    delta = (do.to(wide) * o).sum(-1, keepdim=True)  # (B, H, T, 1)
     for rows, keys, corner in _documents(T, S, bias, cu_seqlens):
         s = _scores(q[:, :, rows], k[:, :, keys], corner, key_lengths, causal, softmax_scale)
         p = _probabilities(s, lse[:, :, rows])
         do_rows = _grouped(do[:, :, rows], H_kv, wide)
         dv[:, :, keys] = _grouped(p, H_kv, wide).mT @ do_rows
         dp = (do_rows @ v[:, :, keys].to(wide).mT).view_as(p)
-        ds = dp.sub_(delta[:, :, rows]).mul_(p)
+        # Kernels take this sum as do . o, which needs no second pass over the keys but carries the rounding of o.
+        delta = (p * dp).sum(-1, keepdim=True)  # (B, H, T, 1)
+        ds = dp.sub_(delta).mul_(p)
         if bias is not None:
             n, m = ds.shape[2:]
             wide_dbias[:, :n, :m] += ds.sum(0).sum_to_size(bias.shape[0], n, m)
@@ -327,7 +328,7 @@ OP = Op(
         "cpu": Backend(
             kernels={s: _extension.cpu_kernel(f"attention_{s}") for s in _SCHEMAS},
             devices=("cpu",),
-            missing=lambda: _extension.missing,
+            missing=lambda: _extension.why_missing("attention_fwd", "attention_bwd"),
             refuses={
                 "fwd": lambda q, k, v, bias, *_: None if bias is None else "it does not take a bias",
                 "bwd": lambda do, q, k, v, o, lse, bias, *_: None if bias is None else "it does not take a bias",

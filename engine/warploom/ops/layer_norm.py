@@ -142,7 +142,7 @@ OP = Op(
         "cpu": Backend(
             kernels={s: _extension.cpu_kernel(f"layer_norm_{s}") for s in _SCHEMAS},
             devices=("cpu",),
-            missing=lambda: _extension.missing,
+            missing=lambda: _extension.why_missing("layer_norm_fwd", "layer_norm_bwd"),
         ),
     },
     cases=(

@@ -58,10 +58,11 @@ def _reference_fwd(x, weight, bias):
 
 
 def _reference_bwd(dy, x, weight, y):
-    dh = torch.where(y > 0, dy, 0.0).flatten(0, -2)  # (N, F)
-    dx = (dh @ weight).view(x.shape)
-    dweight = dh.mT @ x.flatten(0, -2)
-    return dx, dweight, dh.sum(0)
+    dh = torch.where(y > 0, dy, 0.0)
+    dx = dh @ weight
+    rows = torch.atleast_2d(dh).flatten(0, -2)  # (N, F)
+    dweight = rows.mT @ torch.atleast_2d(x).flatten(0, -2)
+    return dx, dweight, rows.sum(0)
 
 
 def _fake_fwd(x, weight, bias):
@@ -122,7 +123,7 @@ OP = Op(
         "cpu": Backend(
             kernels={s: _extension.cpu_kernel(f"linear_relu_{s}") for s in _SCHEMAS},
             devices=("cpu",),
-            missing=lambda: _extension.missing,
+            missing=lambda: _extension.why_missing("linear_relu_fwd", "linear_relu_bwd"),
         ),
     },
     cases=(

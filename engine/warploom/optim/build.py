@@ -1,4 +1,4 @@
-"""Which optimizer takes which parameter: AdamW for all of them, or Muon for the hidden matrices and AdamW for the rest."""
+"""Which optimizer takes which parameter: AdamW takes all, or Muon the hidden matrices and AdamW the rest."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Muon(Optimizer):
                     raise ValueError(f"params must be matrices, got one of shape {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = {}
             for p in group["params"]:
@@ -56,6 +56,7 @@ class Muon(Optimizer):
             state = self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
+            assert p.grad is not None
             buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             updates.append(p.grad.lerp(buffer, momentum))
         rows, columns = params[0].shape

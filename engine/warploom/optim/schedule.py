@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a factor between 0 and 1 of its peak: warm-up, then cosine, trapezoid or constant."""
+"""The learning rate over a run, as a fraction of its peak: a warm-up, then a cosine, a trapezoid or a constant."""
 
 from __future__ import annotations
 

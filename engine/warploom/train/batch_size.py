@@ -51,20 +51,20 @@ def _by_trial(run_step: Callable[[int], None], sizes: list[int], device: torch.d
 
 def _by_growth(run_step: Callable[[int], None], sizes: list[int], room_bytes: float) -> int:
     run_step(sizes[0])  # gradients and caches are allocated once, whatever the size
-    first = peak = _peak_rss_bytes(lambda: run_step(sizes[0]))
+    first = peak = _peak_rss_bytes(run_step, sizes[0])
     measured = sizes[0]
     for size in sizes[1:]:
         if peak - first >= _CLEAR_GROWTH_BYTES or peak - first >= room_bytes / 4:
             break
-        peak, measured = _peak_rss_bytes(lambda size=size: run_step(size)), size
+        peak, measured = _peak_rss_bytes(run_step, size), size
     if measured == sizes[0]:
         return measured
     per_sequence = max(peak - first, _CLEAR_GROWTH_BYTES // 16) / (measured - sizes[0])
     return max(size for size in sizes if size <= measured or (size - sizes[0]) * per_sequence <= room_bytes)
 
 
-def _peak_rss_bytes(run: Callable[[], None]) -> int:
-    """The largest resident set while run() works. Sampled, since the system's own high-water mark never comes down."""
+def _peak_rss_bytes(run_step: Callable[[int], None], size: int) -> int:
+    """The largest resident set during run_step. Sampled, as the system's own high-water mark never comes down."""
     process = psutil.Process()
     peak = 0
     done = threading.Event()
@@ -77,7 +77,7 @@ def _peak_rss_bytes(run: Callable[[], None]) -> int:
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:
-        run()
+        run_step(size)
     finally:
         done.set()
         sampler.join()

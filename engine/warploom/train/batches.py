@@ -11,7 +11,6 @@ from torch import Tensor
 
 from warploom.data.loader import Loader
 from warploom.data.shards import TokenDataset
-from warploom.errors import UserError
 from warploom.train.config import TrainConfig
 
 IGNORE_INDEX = -100

@@ -105,19 +105,14 @@ def _figures(result: TrainResult, metrics: Metrics, wall_s: float) -> list[tuple
     rate = statistics.median(value for _, value in metrics.steps["tokens_per_s"])
     share = statistics.median(value for _, value in metrics.steps["mfu_measured"])
     figures = []
+    if not math.isnan(result.bits_per_byte):  # data that is no text has none
+        meaning = f"of held-out text; as a compressor, the model would shrink it to {result.bits_per_byte / 8:.0%}"
+        figures.append(("bits per byte", f"{result.bits_per_byte:.3f}", meaning))
     if not math.isnan(result.heldout_loss):
+        perplexity = math.exp(min(result.heldout_loss, 700.0))  # e^710 is past the largest float
         figures += [
-            (
-                "bits per byte",
-                f"{result.bits_per_byte:.3f}",
-                f"of held-out text; as a compressor, the model would shrink it to {result.bits_per_byte / 8:.0%}",
-            ),
             ("held-out loss", f"{result.heldout_loss:.3f}", "nats per token of text the model never trained on"),
-            (
-                "perplexity",
-                f"{math.exp(min(result.heldout_loss, 700.0)):,.1f}",
-                "as unsure as a choice among this many tokens",
-            ),
+            ("perplexity", f"{perplexity:,.1f}", "as unsure as a choice among this many tokens"),
         ]
     return figures + [
         ("tokens", f"{result.tokens:,}", f"trained on, in {result.steps:,} steps"),

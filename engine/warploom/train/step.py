@@ -56,4 +56,3 @@ def training_step(
         for optimizer in optimizers:
             optimizer.step()
     return StepOutcome(loss_value, norm_value, num_targets, skipped)
-

@@ -1,0 +1,66 @@
+"""The random states of a process: Python's random, numpy's global generator, torch on the CPU and each CUDA device."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from warploom.errors import UserError
+
+
+def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of every global generator, as tensors and as JSON, for CheckpointState.rng and its meta.
+
+    CUDA devices are included once CUDA is in use; asking sooner would start it on every device.
+    """
+    version, internal, gauss_next = random.getstate()
+    name, key, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
+    tensors = {
+        "python": torch.tensor(internal, dtype=torch.int64),
+        "numpy": torch.from_numpy(key.astype(np.int64)),
+        "torch.cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        tensors |= {f"torch.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    scalars = {
+        "python": {"version": version, "gauss_next": gauss_next},
+        "numpy": {
+            "name": name,
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached_gaussian": float(cached_gaussian),
+        },
+    }
+    return tensors, scalars
+
+
+def restore(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> list[str]:
+    """Put every captured state back, exactly. Returns a warning for each that has no place on this machine, or that
+    this machine has and the checkpoint has not: the run then goes on, but not bit for bit.
+
+    Raises UserError if the states are not those that capture makes.
+    """
+    try:
+        python, numpy = scalars["python"], scalars["numpy"]
+        random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss_next"]))
+        key = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state((numpy["name"], key, numpy["position"], numpy["has_gauss"], numpy["cached_gaussian"]))
+        torch.set_rng_state(tensors["torch.cpu"])
+        saved = sum(name.startswith("torch.cuda.") for name in tensors)
+        present = torch.cuda.device_count() if saved or torch.cuda.is_initialized() else 0
+        for index in range(min(saved, present)):
+            torch.cuda.set_rng_state(tensors[f"torch.cuda.{index}"], index)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the checkpoint's random states cannot be restored ({error}); start from its weights"
+        ) from error
+    if saved != present:
+        return [
+            f"the checkpoint has random states of {saved} CUDA devices and {present} are in use here: "
+            "the run does not go on bit for bit"
+        ]
+    return []

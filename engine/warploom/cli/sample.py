@@ -1,0 +1,100 @@
+"""`warploom sample`: write text with a trained model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from warploom.errors import UserError
+from warploom.generate.beam import beam_search
+from warploom.generate.distribution import SamplingConfig
+from warploom.generate.sampler import generate, pad_right
+from warploom.train.load_model import LoadedModel, load_model
+
+
+@dataclass(frozen=True)
+class Command:
+    """Write text with a trained model; it streams as it comes when there is one sample to write."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A step-... folder, or a run folder, whose newest sound checkpoint is taken."""
+    prompt: tuple[str, ...] = ("",)
+    """Texts to continue, or, for an encoder-decoder, to translate; the empty text begins a document."""
+    num_beams: int = 0
+    """encoder-decoder: beam search of this width instead of sampling; 0 samples."""
+    device: str = "cpu"
+    """Where to compute: cpu or cuda."""
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+
+    def run(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device is {self.device!r}, but PyTorch finds no CUDA device here; give cpu")
+        loaded = load_model(self.checkpoint, device=self.device, on_skip=lambda text: print(text, file=sys.stderr))
+        if loaded.tokenizer is None:
+            raise UserError(f"{loaded.path} holds no tokenizer, so it cannot read or write text")
+        if self.num_beams:
+            self._translate(loaded)
+        else:
+            self._sample(loaded)
+
+    def _sample(self, loaded: LoadedModel) -> None:
+        is_translating = loaded.config.model.architecture == "encoder-decoder"
+        prompts = [""] * len(self.prompt) if is_translating else list(self.prompt)
+        sources = list(self.prompt) if is_translating else None
+        streams = len(prompts) * self.sampling.num_samples == 1
+
+        def on_text(prompt: int, sample: int, piece: str) -> None:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+        if streams:
+            sys.stdout.write(prompts[0])
+        assert loaded.tokenizer is not None
+        texts = generate(
+            loaded.model,
+            loaded.tokenizer,
+            prompts,
+            self.sampling,
+            sources=sources,
+            on_text=on_text if streams else None,
+        )
+        if streams:
+            print()
+            return
+        for number, (prompt, samples) in enumerate(zip(self.prompt, texts, strict=True)):
+            for sample, text in enumerate(samples):
+                print(f"--- prompt {number + 1} of {len(texts)}, sample {sample + 1} of {len(samples)} ---")
+                print(text if is_translating else prompt + text)
+
+    def _translate(self, loaded: LoadedModel) -> None:
+        if loaded.config.model.architecture != "encoder-decoder":
+            raise UserError(
+                f"num_beams is {self.num_beams}, but {loaded.path} is a {loaded.config.model.architecture}; "
+                "beam search is for an encoder-decoder, leave num-beams out"
+            )
+        tokenizer = loaded.tokenizer
+        assert tokenizer is not None
+        device = torch.device(self.device)
+        source, lengths = pad_right([[*tokenizer.encode(text), tokenizer.eos_id] for text in self.prompt], device)
+        found = beam_search(
+            loaded.model,
+            source,
+            lengths,
+            num_beams=self.num_beams,
+            max_new_tokens=self.sampling.max_new_tokens,
+            bos_id=tokenizer.eos_id,
+            eos_id=tokenizer.eos_id,
+        )
+        for text, hypotheses in zip(self.prompt, found, strict=True):
+            print(f"--- {text} ---")
+            for hypothesis in hypotheses:
+                print(f"{hypothesis.score:9.4f}  {tokenizer.decode(hypothesis.tokens)}")

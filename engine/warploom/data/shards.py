@@ -1,0 +1,532 @@
+"""Token shards: a folder with a corpus encoded once, to be mapped into memory by every run after.
+
+    manifest.json                      counts, checksums, tokenizer hash, sources, settings; without it, no data set
+    tokenizer.json
+    train-00000.tokens ...             <|endoftext|>, text, <|endoftext|>, text, ...
+    train.offsets                      where each document's <|endoftext|> stands, and the end
+    heldout-00000.tokens, heldout.offsets
+
+The folder is written beside its place and renamed into it when complete. The same sources and settings give the same
+bytes, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+
+from warploom.data.documents import Paths, list_files, read_documents
+from warploom.data.heldout import HASH_RANGE, MIN_HELDOUT_DOCUMENTS, Unit, blocks, sides, text_hash, units
+from warploom.data.token_files import TokenFileWriter, checksum, open_token_file, token_dtype
+from warploom.data.tokenizer import Tokenizer
+from warploom.errors import UserError
+
+FORMAT = "warploom-tokens"
+VERSION = 1
+# The vocabulary is learnt from at most so much text: more changes it little and takes time and memory.
+TOKENIZER_SAMPLE_BYTES = 32 << 20
+SHARD_TOKENS = 1 << 27
+_TASK_CHARS = 1 << 18
+_OURS = (".tokens", ".offsets")
+
+Progress = Callable[[str, int, int | None], None]  # stage, bytes of text so far, bytes of text in all if known
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What besides the sources decides the content of a data set."""
+
+    vocab_size: int | None  # asked for; None if the tokenizer was given
+    tokenizer_sha256: str | None  # given; None if it was to be trained
+    heldout_fraction: float
+    heldout_unit: Literal["auto", "document", "block"]
+    text_column: str
+    on_bad_utf8: Literal["error", "replace"]
+    on_bad_line: Literal["error", "skip"]
+    shard_tokens: int
+
+    def documents(self, files: list[Path], counts: Counter[str] | None = None) -> Iterator[str]:
+        for _, text in read_documents(files, self.text_column, self.on_bad_utf8, self.on_bad_line, counts):
+            yield text
+
+
+def tokenize_corpus(
+    paths: Paths,
+    out_dir: str | os.PathLike[str],
+    *,
+    vocab_size: int = 8192,
+    tokenizer: Tokenizer | None = None,
+    heldout_fraction: float = 0.05,
+    heldout_unit: Literal["auto", "document", "block"] = "auto",
+    text_column: str = "text",
+    on_bad_utf8: Literal["error", "replace"] = "error",
+    on_bad_line: Literal["error", "skip"] = "error",
+    workers: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Progress = lambda stage, done, total: None,
+) -> TokenDataset:
+    """Encode the documents of paths (see read_documents) into out_dir and open it.
+
+    If out_dir already holds the data set of the same sources (names, sizes, checksums) and settings, it is only
+    opened; if it holds another, it is replaced. A second process that wants the same folder waits for the first.
+    tokenizer: used as it is; None trains one of vocab_size on the training side, or a sample of it.
+    heldout_unit: what the hash decides on, see data/heldout.py; "auto" takes documents if there are enough.
+    workers: threads that encode, all cores by default.
+    Raises UserError for unusable input, if either side of the split would be empty, if out_dir holds anything else,
+    or if it cannot be written.
+    """
+    if not 0 < heldout_fraction < 1:
+        raise UserError(f"heldout-fraction must be between 0 and 1, got {heldout_fraction}; 0.05 is usual")
+    files = list_files(paths)
+    settings = _Settings(
+        vocab_size=vocab_size if tokenizer is None else None,
+        tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
+        heldout_fraction=heldout_fraction,
+        heldout_unit=heldout_unit,
+        text_column=text_column,
+        on_bad_utf8=on_bad_utf8,
+        on_bad_line=on_bad_line,
+        shard_tokens=shard_tokens,
+    )
+    out = Path(out_dir).expanduser().absolute()
+    request = {"sources": [_source(file) for file in files], "settings": asdict(settings)}
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(out.parent / f".{out.name}.lock"):
+            if (out / "manifest.json").exists():
+                with contextlib.suppress(UserError):  # damaged or of another version: made anew
+                    dataset = TokenDataset(out)
+                    if dataset.manifest["request"] == request:
+                        return dataset
+            _require_replaceable(out)
+            partial = out.parent / f".{out.name}.partial"
+            # Under the lock, one that is there belongs to a run that was killed.
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                _build(partial, files, settings, request, tokenizer, workers or _num_cores(), progress)
+                _put_in_place(partial, out)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    return TokenDataset(out)
+
+
+def _build(
+    folder: Path,
+    files: list[Path],
+    settings: _Settings,
+    request: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    workers: int,
+    progress: Progress,
+) -> None:
+    survey = _survey(files, settings, sample=tokenizer is None, progress=progress)
+    notes = []
+    if tokenizer is None:
+        assert settings.vocab_size is not None
+        progress("train tokenizer", 0, None)
+        tokenizer = Tokenizer.train(survey.sample, settings.vocab_size)
+        survey.sample.clear()
+        if tokenizer.vocab_size < settings.vocab_size:
+            notes.append(
+                f"the vocabulary has {tokenizer.vocab_size} tokens of the {settings.vocab_size} asked for: "
+                "no other pair of tokens occurs twice in the text it was learnt from"
+            )
+    tokenizer.save(folder / "tokenizer.json")
+
+    counts: Counter[str] = Counter()
+    writers = {
+        heldout: _SplitWriter(folder, name, tokenizer, settings.shard_tokens)
+        for heldout, name in ((False, "train"), (True, "heldout"))
+    }
+    try:
+        pieces = (
+            piece
+            for text in settings.documents(files, counts)
+            for piece in sides(text, survey.unit, survey.threshold)
+        )
+        done = 0
+        for heldout, num_bytes, ids in _encode(pieces, tokenizer, workers):
+            writers[heldout].append(ids, num_bytes)
+            done += num_bytes
+            progress("encode", done, survey.num_bytes)
+        splits = {writer.name: writer.close() for writer in writers.values()}
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "documents_read": survey.num_documents,
+        "documents_left_out": dict(counts),
+        "heldout_unit": survey.unit,
+        "heldout_threshold": f"{survey.threshold:016x}",
+        "notes": notes,
+        "splits": splits,
+        "request": request,
+    }
+    with open(folder / "manifest.json", "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What must be known of the corpus before it is encoded."""
+
+    unit: Unit
+    threshold: int  # a unit is held out if its hash is below
+    num_documents: int
+    num_bytes: int
+    sample: list[str]  # of the training side, for the tokenizer
+
+
+def _survey(files: list[Path], settings: _Settings, sample: bool, progress: Progress) -> _Survey:
+    fraction = settings.heldout_fraction
+    unit: Unit = "document"
+    if settings.heldout_unit == "auto":
+        enough = math.ceil(MIN_HELDOUT_DOCUMENTS / fraction)
+        unit = "document" if sum(1 for _ in islice(settings.documents(files), enough)) == enough else "block"
+    else:
+        unit = settings.heldout_unit
+
+    threshold = int(fraction * HASH_RANGE)
+    lowest, highest = HASH_RANGE, -1
+    num_documents = num_bytes = 0
+    learnt_from = _LowestHashes(TOKENIZER_SAMPLE_BYTES)
+    for text in settings.documents(files):
+        num_documents += 1
+        num_bytes += len(text.encode("utf-8"))
+        for piece in units(text, unit):
+            piece_hash = text_hash(piece)
+            lowest, highest = min(lowest, piece_hash), max(highest, piece_hash)
+            if sample and piece_hash >= threshold:
+                for block in blocks(piece):
+                    learnt_from.add(text_hash(block), block)
+        progress("survey", num_bytes, None)
+    # A corpus so small that nothing fell below the threshold gives its lowest unit to the held-out side.
+    threshold = max(threshold, lowest + 1)
+    if highest < threshold:
+        raise UserError(
+            f"the corpus has too little text to hold some out: {num_bytes} bytes in {num_documents} document(s), "
+            f"no {unit} of which is left to train on; give more text, or a smaller heldout-fraction than {fraction}"
+        )
+    return _Survey(unit, threshold, num_documents, num_bytes, learnt_from.texts(threshold))
+
+
+class _LowestHashes:
+    """The texts of lowest hash that fit into limit_bytes: a sample that does not depend on their order."""
+
+    def __init__(self, limit_bytes: int):
+        self._limit_bytes = limit_bytes
+        self._kept: list[tuple[int, str]] = []
+        self._kept_bytes = 0
+        self._below = HASH_RANGE
+
+    def add(self, key: int, text: str) -> None:
+        if key >= self._below:
+            return
+        self._kept.append((key, text))
+        self._kept_bytes += len(text)
+        if self._kept_bytes > 2 * self._limit_bytes:
+            self._trim()
+
+    def _trim(self) -> None:
+        self._kept.sort()
+        total = 0
+        for count, (key, text) in enumerate(self._kept):
+            total += len(text)
+            if total > self._limit_bytes and count:
+                self._below = key
+                del self._kept[count:]
+                total -= len(text)
+                break
+        self._kept_bytes = total
+
+    def texts(self, at_least: int) -> list[str]:
+        self._trim()
+        return [text for key, text in self._kept if key >= at_least]
+
+
+def _encode(
+    pieces: Iterator[tuple[bool, str]], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[bool, int, np.ndarray]]:
+    """Yield (held out, UTF-8 bytes, ids) in the order of pieces; a bounded number is in flight."""
+
+    def encode(task: list[tuple[bool, str]]) -> list[tuple[bool, int, np.ndarray]]:
+        return [(heldout, len(text.encode("utf-8")), tokenizer.encode_array(text)) for heldout, text in task]
+
+    in_flight: deque[Future[list[tuple[bool, int, np.ndarray]]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
+        try:
+            for task in _tasks(pieces):
+                in_flight.append(pool.submit(encode, task))
+                if len(in_flight) > 2 * workers:
+                    yield from in_flight.popleft().result()
+            while in_flight:
+                yield from in_flight.popleft().result()
+        finally:
+            for future in in_flight:
+                future.cancel()
+
+
+def _tasks(pieces: Iterator[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
+    """Group small documents, so that handing one over costs little beside encoding it."""
+    task: list[tuple[bool, str]] = []
+    chars = 0
+    for piece in pieces:
+        task.append(piece)
+        chars += len(piece[1])
+        if chars >= _TASK_CHARS:
+            yield task
+            task, chars = [], 0
+    if task:
+        yield task
+
+
+class _SplitWriter:
+    """Writes the files of one split."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, shard_tokens: int):
+        self.name = name
+        self._folder, self._shard_tokens = folder, shard_tokens
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._end_of_text = np.array([tokenizer.eos_id])
+        self._offsets = TokenFileWriter(folder / f"{name}.offsets", np.dtype("<u8"))
+        self._shards: list[dict[str, Any]] = []
+        self._shard: TokenFileWriter | None = None
+        self._num_tokens = self._num_bytes = 0
+
+    def append(self, ids: np.ndarray, num_bytes: int) -> None:
+        if self._shard is None:
+            path = self._folder / f"{self.name}-{len(self._shards):05d}.tokens"
+            self._shard = TokenFileWriter(path, self._dtype)
+        self._offsets.append(np.array([self._num_tokens]))
+        self._shard.append(np.concatenate([self._end_of_text, ids]))
+        self._num_tokens += 1 + len(ids)
+        self._num_bytes += num_bytes
+        if self._shard.count >= self._shard_tokens:
+            self._end_shard()
+
+    def _end_shard(self) -> None:
+        if self._shard is not None:
+            self._shards.append(self._shard.close())
+            self._shard = None
+
+    def close(self) -> dict[str, Any]:
+        """Return the split's entry for the manifest."""
+        self._end_shard()
+        num_documents = self._offsets.count
+        self._offsets.append(np.array([self._num_tokens]))
+        return {
+            "num_tokens": self._num_tokens,
+            "num_documents": num_documents,
+            "num_bytes": self._num_bytes,
+            "shards": self._shards,
+            "offsets": self._offsets.close(),
+        }
+
+    def abandon(self) -> None:
+        self._offsets.abandon()
+        if self._shard is not None:
+            self._shard.abandon()
+
+
+class TokenSplit:
+    """One side of a data set, mapped into memory, read as a ring: after the last token comes the first.
+
+    num_tokens: tokens, one <|endoftext|> per document among them. num_bytes: UTF-8 bytes of the text behind them.
+    document_starts: (num_documents,) uint64, where each document's <|endoftext|> stands. token_bytes: (vocab_size,)
+    int64 bytes of text per token id. fingerprint: changes with any token.
+    """
+
+    def __init__(self, folder: Path, name: str, entry: dict[str, Any], tokenizer: Tokenizer):
+        self.name = {"train": "training", "heldout": "held-out"}[name]
+        self.num_tokens: int = entry["num_tokens"]
+        self.num_documents: int = entry["num_documents"]
+        self.num_bytes: int = entry["num_bytes"]
+        self.token_bytes = tokenizer.token_bytes
+        self._entries = [*entry["shards"], entry["offsets"]]
+        self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([tokenizer.sha256, self._entries], sort_keys=True))
+        self._paths = [_inside(folder, item["file"]) for item in self._entries]
+        *self._shards, offsets = [open_token_file(path) for path in self._paths]
+        for path, item, values in zip(self._paths, self._entries, [*self._shards, offsets], strict=True):
+            if len(values) != item["count"]:
+                raise UserError(
+                    f"{path} holds {len(values)} tokens, the manifest says {item['count']}; tokenize again"
+                )
+        dtype = token_dtype(tokenizer.vocab_size)
+        for path, shard in zip(self._paths, self._shards, strict=False):
+            if shard.dtype != dtype:
+                raise UserError(
+                    f"the token file {path} holds {shard.dtype}, the vocabulary of {tokenizer.vocab_size} needs "
+                    f"{dtype}; tokenize again"
+                )
+        self.document_starts = offsets[:-1]
+        self._shard_starts = np.cumsum([0, *map(len, self._shards)]).tolist()
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Copy the tokens at starts[i] .. starts[i] + length of the ring; starts: (B,) in [0, num_tokens).
+
+        Returns (B, length) int64.
+        """
+        windows = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(windows, starts.tolist(), strict=True):
+            filled = 0
+            while filled < length:
+                shard = bisect.bisect_right(self._shard_starts, start) - 1
+                low = start - self._shard_starts[shard]
+                piece = self._shards[shard][low : low + length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                start = (start + len(piece)) % self.num_tokens
+        return windows
+
+    def verify(self) -> None:
+        """Read every file through and hold it against its checksum. Raises UserError naming one that differs."""
+        for path, entry, values in zip(self._paths, self._entries, map(open_token_file, self._paths), strict=True):
+            if checksum(values) != entry["xxh3_128"]:
+                raise UserError(f"the checksum of {path} is not that of the manifest: it is damaged; tokenize again")
+
+
+class TokenDataset:
+    """A folder that tokenize_corpus has made: .manifest, .tokenizer, .train and .heldout."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        """Raises UserError if the folder is no complete data set of this version."""
+        self.folder = Path(folder)
+        self.manifest = _read_manifest(self.folder / "manifest.json")
+        self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
+        self.require_tokenizer(self.tokenizer)
+        try:
+            self.train, self.heldout = (
+                TokenSplit(self.folder, name, self.manifest["splits"][name], self.tokenizer)
+                for name in ("train", "heldout")
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.folder / 'manifest.json'} is damaged: {error!r}; tokenize again") from error
+
+    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError if the tokens are not this tokenizer's."""
+        expected = self.manifest["tokenizer_sha256"]
+        if tokenizer.sha256 != expected:
+            raise UserError(
+                f"the tokens in {self.folder} were made by the tokenizer {expected[:12]}, this one is "
+                f"{tokenizer.sha256[:12]} (sha256); use the tokenizer of that folder, or tokenize again"
+            )
+
+    def verify(self) -> None:
+        """Hold every file against its checksum. Raises UserError naming one that differs."""
+        self.train.verify()
+        self.heldout.verify()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path.parent} holds no tokens: no {path.name} there; run warploom tokenize first") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; tokenize again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path} is not the manifest of a {FORMAT} folder; tokenize again")
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{path} has format version {manifest.get('version')!r}, this is {VERSION}; tokenize again")
+    return manifest
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise UserError(f"the manifest in {folder} names a file outside it, {name!r}; tokenize again")
+    return folder / name
+
+
+def _source(path: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            size = file.tell()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return {"path": str(path), "size": size, "xxh3_128": digest.hexdigest()}
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = ", the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(
+            f"cannot write the tokens to {out}: {error.strerror or error}{full}; nothing was left there, give a folder "
+            "with room"
+        ) from error
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _require_replaceable(out: Path) -> None:
+    """Only a folder of our own files may go."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder for the tokens")
+    foreign = [p.name for p in out.iterdir() if p.suffix not in _OURS and p.name not in _OUR_NAMES]
+    if foreign:
+        raise UserError(f"{out} holds other files ({', '.join(sorted(foreign)[:3])}); name an empty or new folder")
+
+
+_OUR_NAMES = ("manifest.json", "tokenizer.json")
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename partial to out. Killed in between, out is the old data set, absent, or the new one."""
+    _sync_folder(partial)
+    if out.exists():
+        old = out.parent / f".{out.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old)
+    else:
+        partial.rename(out)
+    _sync_folder(out.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,220 @@
+"""Tokenizer: byte-level BPE, a thin cover over Hugging Face `tokenizers`.
+
+Any text round-trips: decode(encode(text)) == text, since each token is a string of bytes and nothing is normalised.
+The control token <|endoftext|> comes only from us: the same characters inside text are encoded as plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from warploom.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # each byte, and the end of text
+# A pair seen once would be a token learnt by heart.
+_MIN_FREQUENCY = 2
+# Longer texts are encoded in pieces: the library holds an object of some hundred bytes per token of one text.
+_PIECE_CHARS = 1 << 16
+
+
+class Tokenizer:
+    """Text to token ids and back. Made by train, load or from_bytes."""
+
+    def __init__(self, document: str):
+        """document: the JSON of a `tokenizers` tokenizer. Raises UserError if it is not byte-level BPE."""
+        try:
+            settings = json.loads(document)
+            # Canonical, so that the hash does not depend on the library's version or on how a file was laid out.
+            self._json = json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+            self._encoder = tokenizers.Tokenizer.from_str(self._json)
+        except RecursionError as error:
+            raise UserError("the tokenizer file is JSON nested too deeply; give a tokenizer.json") from error
+        except Exception as error:  # the library raises bare Exception for JSON that it cannot use
+            raise UserError(f"the tokenizer file cannot be used: {error}; give a tokenizer.json") from error
+        _require_byte_level(settings, self._encoder)
+        self._encoder.encode_special_tokens = True
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        self._splittable = settings["pre_tokenizer"].get("use_regex", False)  # GPT-2's pattern, and nothing before it
+        eos_id = self._encoder.token_to_id(END_OF_TEXT)
+        if eos_id is None:
+            raise UserError(f"the tokenizer has no token {END_OF_TEXT!r}; give one that has")
+        self.eos_id: int = eos_id
+        self.vocab_size: int = max(self._encoder.get_vocab().values()) + 1
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn a vocabulary of at most vocab_size tokens, the 256 bytes and <|endoftext|> (id 0) included.
+
+        The same texts give the same tokenizer, in any order and on any number of cores. It comes out smaller if the
+        texts have too few pairs that occur twice: compare .vocab_size. Raises UserError if vocab_size < 257.
+        """
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise UserError(f"vocab-size must be at least {MIN_VOCAB_SIZE}, one per byte and one more, got {vocab_size}")
+        encoder = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=_MIN_FREQUENCY,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        encoder.train_from_iterator(texts, trainer)
+        return cls(encoder.to_str())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json, or a folder with one or with GPT-2's vocab.json and merges.txt.
+
+        Raises UserError if there is none or it is not byte-level BPE.
+        """
+        path = Path(path)
+        if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "merges.txt").exists():
+            return cls._load_merges(path / "vocab.json", path / "merges.txt")
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            return cls.from_bytes(file.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer {file}: {error.strerror}") from error
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+
+    @classmethod
+    def _load_merges(cls, vocab: Path, merges: Path) -> Tokenizer:
+        try:
+            encoder = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+        except Exception as error:  # the library raises bare Exception for files that it cannot use
+            raise UserError(f"{vocab} and {merges} make no BPE: {error}") from error
+        encoder.add_special_tokens([END_OF_TEXT])
+        return cls(encoder.to_str())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Tokenizer:
+        """Make the tokenizer of to_bytes again. Raises UserError if it is not one."""
+        try:
+            return cls(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"the tokenizer file is not UTF-8 at byte {error.start}; give a tokenizer.json") from error
+
+    def to_bytes(self) -> bytes:
+        """The canonical JSON: sorted keys, no white space, UTF-8."""
+        return self._json.encode("utf-8")
+
+    def save(self, path: str | Path) -> None:
+        """Write to_bytes to a file."""
+        Path(path).write_bytes(self.to_bytes())
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of to_bytes: what token files and checkpoints are held against."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text, without <|endoftext|>. Raises UserError for a lone surrogate, which is no text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Encode several texts at once, in the library's own threads and outside the interpreter's lock."""
+        pieces = [list(self._pieces(text)) for text in texts]
+        try:
+            encoded = self._encoder.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False)
+        except TypeError as error:  # what the library makes of a str that UTF-8 cannot hold
+            bad = next((text for text in texts if not _is_utf8(text)), None)
+            if bad is None:
+                raise
+            raise UserError(f"the text {bad[:40]!a} holds a lone surrogate; remove it") from error
+        ids = (encoding.ids for encoding in encoded)
+        return [next(ids) if len(ps) == 1 else [i for _ in ps for i in next(ids)] for ps in pieces]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """encode as an int64 array, in the calling thread alone and outside the interpreter's lock."""
+        pieces = [self._encoder.encode_batch_fast([piece], add_special_tokens=False)[0].ids for piece in self._pieces(text)]
+        return np.concatenate([np.array(ids, dtype=np.int64) for ids in pieces])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; the control token shows as its name, and bytes that are not UTF-8 as U+FFFD.
+
+        Raises ValueError for an id outside [0, vocab_size).
+        """
+        ids = list(ids)
+        for index, token in enumerate(ids):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"ids[{index}] must be in [0, {self.vocab_size}), got {token}")
+        return self._encoder.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: bytes of text behind each token, 0 for control tokens. They add up to the text's."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._encoder.get_vocab().items():
+            lengths[index] = len(token)  # one character per byte in the byte-level alphabet
+        for index, added in self._encoder.get_added_tokens_decoder().items():
+            if added.special:
+                lengths[index] = 0
+        return lengths
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Cut a long text where its words are cut anyway, so that the ids stay the same.
+
+        The pattern of GPT-2 takes a line end between two visible characters as a word of its own; other white space
+        may join the word after it. A text without such a line end stays whole.
+        """
+        start = 0
+        if self._splittable:
+            while len(text) - start > _PIECE_CHARS:
+                border = _BORDER.search(text, start + _PIECE_CHARS)
+                if border is None:
+                    break
+                yield text[start : border.end()]
+                start = border.end()
+        yield text[start:]
+
+
+_BORDER = re.compile(r"(?<=[!-~])\n(?=[!-~])")
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    encoder = tokenizers.Tokenizer(model)
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    encoder.decoder = decoders.ByteLevel()
+    return encoder
+
+
+def _require_byte_level(settings: dict[str, Any], encoder: tokenizers.Tokenizer) -> None:
+    def part(name: str) -> dict[str, Any]:
+        return settings.get(name) or {"type": None}
+
+    splitters = part("pre_tokenizer").get("pretokenizers", [part("pre_tokenizer")])
+    if (
+        part("model")["type"] != "BPE"
+        or part("normalizer")["type"] is not None
+        or part("decoder")["type"] != "ByteLevel"
+        or not any(s["type"] == "ByteLevel" and not s["add_prefix_space"] for s in splitters)
+    ):
+        got = ", ".join(f"{name} {part(name)['type']}" for name in ("model", "normalizer", "pre_tokenizer", "decoder"))
+        raise UserError(
+            "the tokenizer must be byte-level BPE without a normalizer or an added first space, so that text comes "
+            f"back as it was, got {got}; train one, or give another"
+        )
+    missing = [byte for byte in pre_tokenizers.ByteLevel.alphabet() if encoder.token_to_id(byte) is None]
+    if missing:
+        raise UserError(f"the tokenizer lacks {len(missing)} of the 256 byte tokens; give one that has all")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

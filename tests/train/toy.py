@@ -1,0 +1,92 @@
+"""Small models and data for the trainer's tests. The data follow a rule that a small model learns in some steps."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from warploom.models.config import TransformerConfig
+from warploom.models.transformer import Transformer
+from warploom.train.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+
+VOCABULARY = 29
+
+
+@dataclass
+class ToyBatch:
+    tokens: Tensor
+    targets: Tensor
+    source: Tensor | None = None
+    source_lengths: Tensor | None = None
+
+
+class ToyStream:
+    """Batch after batch from a seed and a position, which is its whole state."""
+
+    def __init__(self, make_batch, batch_size, seed):
+        self.make_batch, self.batch_size, self.seed, self.position = make_batch, batch_size, seed, 0
+
+    def __next__(self):
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.position)
+        self.position += 1
+        return self.make_batch(self.batch_size, generator)
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class ToyData:
+    num_sequences = 64
+    bytes_per_token = 2.0
+
+    def __init__(self, make_batch, num_heldout=2):
+        self.make_batch, self.num_heldout = make_batch, num_heldout
+
+    def train_batches(self, micro_batch_size):
+        return ToyStream(self.make_batch, micro_batch_size, seed=1)
+
+    def heldout_batches(self, micro_batch_size):
+        stream = ToyStream(self.make_batch, micro_batch_size, seed=2)
+        return [next(stream) for _ in range(self.num_heldout)]
+
+
+def counting(batch_size, generator, seq_len=16):
+    """Sequences that go up by a step of their own, 1 to 3."""
+    start = torch.randint(VOCABULARY, (batch_size, 1), generator=generator)
+    step = torch.randint(1, 4, (batch_size, 1), generator=generator)
+    sequence = (start + step * torch.arange(seq_len + 1)) % VOCABULARY
+    return ToyBatch(sequence[:, :-1].contiguous(), sequence[:, 1:].contiguous())
+
+
+def ragged(batch_size, generator, seq_len=16):
+    """Like counting, with a tail of each row ignored."""
+    batch = counting(batch_size, generator, seq_len)
+    lengths = torch.randint(1, seq_len + 1, (batch_size, 1), generator=generator)
+    return replace(batch, targets=batch.targets.masked_fill(torch.arange(seq_len) >= lengths, -100))
+
+
+def reversing(batch_size, generator, length=5):
+    """A toy translation: the target is the source backwards, after a token 0."""
+    source = torch.randint(1, VOCABULARY, (batch_size, length), generator=generator)
+    targets = source.flip(1)
+    tokens = torch.cat((torch.zeros(batch_size, 1, dtype=torch.int64), targets[:, :-1]), dim=1)
+    return ToyBatch(tokens, targets, source, torch.full((batch_size,), length))
+
+
+def toy_config(out_dir, *, model=None, optimizer=None, schedule=None, **train):
+    model = {"d_model": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 16, "dropout": 0.1, **(model or {})}
+    train = {"steps": 12, "seq_len": 16, "global_batch_size": 8, "micro_batch_size": 4, "device": "cpu", **train}
+    return RunConfig(
+        model=TransformerConfig(vocab_size=VOCABULARY, **model),
+        train=TrainConfig(out_dir=out_dir, **train),
+        optimizer=OptimizerConfig(**{"lr": 3e-3, **(optimizer or {})}),
+        schedule=ScheduleConfig(**(schedule or {})),
+    )
+
+
+def toy_model(config, seed=0):
+    torch.manual_seed(seed)
+    return Transformer(config.model)
