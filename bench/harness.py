@@ -21,6 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import warploom.ops  # noqa: F401  # loads the extension, whose level the fingerprint states
+
 # A sample lasts at least this long: shorter calls are repeated within it, so that the clock and the loop do not count.
 SAMPLE_S = 0.002
 

@@ -61,6 +61,9 @@ inline OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
+// The number of rows of a (..., C) tensor with at least one column.
+inline int64_t rows(const Tensor& tensor) { return tensor.numel() / tensor.size(-1); }
+
 // What statistics over elements of this dtype are kept in.
 inline at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 

@@ -34,7 +34,7 @@
 #define WARPLOOM_HAS_AVX2 1
 #endif
 
-#define WARPLOOM_INLINE static inline __attribute__((always_inline))
+#define WARPLOOM_INLINE inline __attribute__((always_inline))
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
 

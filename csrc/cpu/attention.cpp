@@ -48,7 +48,8 @@ int64_t visible_keys(const AttentionSequence& sequence, int64_t query) {
   return larger(0, smaller(sequence.seen_keys, query + 1 + sequence.diagonal));
 }
 
-WARPLOOM_INLINE Doubles exp2(Doubles x) {
+WARPLOOM_INLINE Floats two_to(Floats x) { return exp2(x); }
+WARPLOOM_INLINE Doubles two_to(Doubles x) {
   for (int i = 0; i < kLanes<Doubles>; ++i) x[i] = __builtin_exp2(x[i]);
   return x;
 }
@@ -231,7 +232,7 @@ class ForwardPass {
       if (found > before) {
         best = tile_.row_best[r] = found;
         if (has_o) {
-          const V shrink = exp2(broadcast(before - best));
+          const V shrink = two_to(broadcast(before - best));
           S* o = tile_.o + r * columns_;
           for (int64_t d = 0; d < columns_; d += kLanes<V>) store(o + d, load(o + d) * shrink);
           sums *= shrink;
@@ -240,7 +241,7 @@ class ForwardPass {
       // A row that has seen nothing yet keeps -inf, and -inf - -inf is NaN.
       const V shift = broadcast(best == static_cast<S>(-kInfinity) ? S(0) : -best);
       for (int64_t i = 0; i < padded; i += kLanes<V>) {
-        const V value = exp2(fma(load(s + i), scale, shift));
+        const V value = two_to(fma(load(s + i), scale, shift));
         sums += value;
         store(p + i, value);
       }
@@ -343,6 +344,15 @@ WARPLOOM_INLINE void store_rows_as_group(const V* rows, E* out) {
   store(out, rows[0]);
 }
 
+// Sums of ds^T over the batch: (H, columns, rows) of the bias, both padded.
+template <class S>
+struct TurnedBias {
+  S* data;  // null: not wanted
+  int64_t columns, rows;
+
+  S* at(int64_t head, int64_t column) const { return data + (head * columns + column) * rows; }
+};
+
 // dk and dv of one key/value head of one sequence from blocks of query rows, and dq of those. Scores are computed
 // transposed, keys by queries, so that p^T and ds^T are left operands as they come.
 template <class T>
@@ -352,9 +362,8 @@ class BackwardPass {
   using V = Lanes<T>;
 
  public:
-  // dbias: (H, keys padded, row_stride), or null.
-  BackwardPass(const AttentionBackward<T>& args, const AttentionSequence& sequence, int64_t kv_head, S* dbias,
-               int64_t dbias_head_stride, int64_t dbias_row_stride)
+  BackwardPass(const AttentionBackward<T>& args, const AttentionSequence& sequence, int64_t kv_head,
+               const TurnedBias<S>& dbias)
       : args_(args),
         sequence_(sequence),
         kv_head_(kv_head),
@@ -365,30 +374,39 @@ class BackwardPass {
         keys_padded_(round_up(sequence.num_keys, kDepthStep<E>)),
         scale_(args.problem.softmax_scale, args.bias),
         dbias_(dbias),
-        dbias_head_stride_(dbias_head_stride),
-        dbias_row_stride_(dbias_row_stride),
         tile_(layout_in_scratch<BackwardLayout<T>>(4, keys_padded_, width_, columns_, args.bias.data != nullptr)) {}
 
-  // Sums dk and dv of the blocks (counted as in ForwardPass) without their factor, into scratch memory that lasts
-  // until this thread's next pass.
-  void run(int64_t first_block, int64_t last_block, int64_t blocks_per_head) {
+  int64_t sums_size() const { return keys_padded_ * columns_; }
+
+  // Sums the dk and dv of the blocks (counted as in ForwardPass), without dk's factor. The sums stay in scratch memory
+  // until this thread's next pass, or in own_sums, of 2 * sums_size().
+  void run(int64_t first_block, int64_t last_block, int64_t blocks_per_head, S* own_sums) {
+    if (own_sums != nullptr) {
+      tile_.dk = own_sums;
+      tile_.dv = own_sums + sums_size();
+    }
     const T* k = args_.k.row(sequence_.b, kv_head_, sequence_.first_key);
     const T* v = args_.v.row(sequence_.b, kv_head_, sequence_.first_key);
     const int64_t seen = sequence_.seen_keys;
     pack_left(k, args_.k.t_stride, seen, D_, keys_padded_, width_, tile_.keys);
     pack_left(v, args_.v.t_stride, seen, D_, keys_padded_, width_, tile_.values);
     pack_left_transposed(k, args_.k.t_stride, seen, D_, keys_padded_, tile_.keys_turned, tile_.buffer);
-    store_zeros(tile_.dk, keys_padded_ * columns_);
-    store_zeros(tile_.dv, keys_padded_ * columns_);
+    store_zeros(tile_.dk, sums_size());
+    store_zeros(tile_.dv, sums_size());
     const TileScope tiles;
     for (int64_t block = first_block; block < last_block; ++block) {
       attend(kv_head_ * group_ + block / blocks_per_head, block % blocks_per_head);
     }
   }
 
-  const S* dk() const { return tile_.dk; }
-  const S* dv() const { return tile_.dv; }
-  int64_t columns() const { return columns_; }
+  void store_dk_dv() const {
+    const S factor = static_cast<S>(args_.problem.softmax_scale);
+    for (int64_t key = 0; key < sequence_.num_keys; ++key) {
+      const int64_t t = sequence_.first_key + key;
+      store_scaled(tile_.dk + key * columns_, factor, D_, args_.dk.row(sequence_.b, kv_head_, t));
+      store_scaled(tile_.dv + key * columns_, S(1), D_, args_.dv.row(sequence_.b, kv_head_, t));
+    }
+  }
 
  private:
   void attend(int64_t head, int64_t block) {
@@ -416,8 +434,7 @@ class BackwardPass {
                      kPanel * width_, tile_.dp, kBackwardQueries);
       if (scale_.apart) scale_apart(head, first, rows, key, there, padded, padded_rows);
       if (visible_keys(sequence_, first) < key + padded) mask(first, key, there, padded, padded_rows);
-      S* dbias = dbias_ == nullptr ? nullptr : dbias_ + head * dbias_head_stride_ + key * dbias_row_stride_ + first;
-      to_score_gradients(padded, padded_rows, dbias);
+      to_score_gradients(padded, padded_rows, dbias_.data == nullptr ? nullptr : dbias_.at(head, key) + first);
       product<true>(padded, columns_, padded_rows, tile_.p, kBackwardQueries, tile_.d_o, panel_stride,
                     tile_.dv + key * columns_, columns_);
       product<true>(padded, columns_, padded_rows, tile_.ds, kBackwardQueries, tile_.queries, panel_stride,
@@ -481,13 +498,13 @@ class BackwardPass {
         V group[kGroup<E>];
         for (int g = 0; g < kGroup<E>; ++g) {
           const int64_t at = (r + g) * kBackwardQueries + i;
-          const V p = exp2(fma(load(tile_.s + at), scale, -lse));
+          const V p = two_to(fma(load(tile_.s + at), scale, -lse));
           const V ds = p * (load(tile_.dp + at) - delta);
           store(tile_.p + at, p);
           store(tile_.ds + at, ds);
           group[g] = ds;
           if (dbias != nullptr) {
-            S* sums = dbias + (r + g) * dbias_row_stride_ + i;
+            S* sums = dbias + (r + g) * dbias_.rows + i;
             store(sums, load(sums) + ds);
           }
         }
@@ -515,7 +532,73 @@ class BackwardPass {
   const AttentionSequence& sequence_;
   int64_t kv_head_, group_, D_, width_, columns_, keys_padded_;
   ScoreScale<S> scale_;
-  S* dbias_;
-  int64_t dbias_head_stride_, dbias_row_stride_;
+  TurnedBias<S> dbias_;
   BackwardLayout<T> tile_;
 };
+
+// dbias = the turned sums, rounded once; summed over the heads in order if they share one bias.
+template <class B, class S>
+void store_dbias(const TurnedBias<S>& sums, int64_t H, int64_t heads, int64_t rows, int64_t columns, B* dbias) {
+  const int64_t blocks = (rows + kPanel - 1) / kPanel, heads_per_bias = H / heads;
+  parallel_for(heads * blocks, [&](int64_t item) {
+    const int64_t first_head = item / blocks * heads_per_bias, first_row = item % blocks * kPanel;
+    for (int64_t column = 0; column < columns; ++column) {
+      S total[kPanel] = {};
+      for (int64_t head = first_head; head < first_head + heads_per_bias; ++head) {
+        for (int i = 0; i < kPanel; ++i) total[i] += sums.at(head, column)[first_row + i];
+      }
+      for (int64_t i = 0; i < smaller(kPanel, rows - first_row); ++i) {
+        from_float(total[i], dbias + (item / blocks * rows + first_row + i) * columns + column);
+      }
+    }
+  });
+}
+
+template <class T>
+void backward_with_bias(const AttentionBackward<T>& args) {
+  using S = Sum<T>;
+  const AttentionProblem& problem = args.problem;
+  constexpr int step = kDepthStep<Operand<T>>;
+  TurnedBias<S> dbias{nullptr, round_up(args.bias_columns, step), round_up(args.bias_rows, step)};
+  const int64_t per_head = dbias.columns * dbias.rows;
+  dbias.data = scratch<S>(0, problem.H * per_head);
+  // A head's sums run over the sequences in order, so the heads are all there is to do in parallel.
+  parallel_for(problem.H_kv, [&](int64_t kv_head) {
+    const int64_t group = problem.H / problem.H_kv;
+    store_zeros(dbias.at(kv_head * group, 0), group * per_head);
+    for (int64_t n = 0; n < problem.num_sequences; ++n) {
+      const AttentionSequence& sequence = problem.sequences[n];
+      const int64_t blocks = (sequence.num_queries + kBackwardQueries - 1) / kBackwardQueries;
+      BackwardPass<T> pass(args, sequence, kv_head, dbias);
+      pass.run(0, group * blocks, blocks, nullptr);
+      pass.store_dk_dv();
+    }
+  });
+  if (args.bias.is_float) {
+    store_dbias(dbias, problem.H, args.bias.heads, args.bias_rows, args.bias_columns, static_cast<float*>(args.dbias));
+  } else {
+    store_dbias(dbias, problem.H, args.bias.heads, args.bias_rows, args.bias_columns, static_cast<T*>(args.dbias));
+  }
+}
+
+template <class T>
+void attention_bwd(const AttentionBackward<T>& args) {
+  if (args.bias.data != nullptr) return backward_with_bias(args);
+  const AttentionProblem& problem = args.problem;
+  parallel_for(problem.num_sequences * problem.H_kv, [&](int64_t item) {
+    const AttentionSequence& sequence = problem.sequences[item / problem.H_kv];
+    const int64_t blocks = (sequence.num_queries + kBackwardQueries - 1) / kBackwardQueries;
+    BackwardPass<T> pass(args, sequence, item % problem.H_kv, {});
+    pass.run(0, problem.H / problem.H_kv * blocks, blocks, nullptr);
+    pass.store_dk_dv();
+  });
+}
+
+template <class T>
+constexpr AttentionKernels<T> kKernels = {attention_fwd<T>, attention_bwd<T>};
+
+}  // namespace
+
+extern const AttentionTable attention = {kKernels<float>, kKernels<double>, kKernels<bf16>, kKernels<fp16>};
+
+}  // namespace warploom::cpu::WARPLOOM_LEVEL

@@ -293,6 +293,9 @@ void pack_right(const T* rows, int64_t row_stride, int64_t num_rows, int64_t cou
   }
 }
 
+typedef uint32_t __attribute__((may_alias)) Unit32;
+typedef uint64_t __attribute__((may_alias)) Unit64;
+
 // out[j][i] = in[i][j] for 16 rows of `count` units, count a multiple of 16. A unit is what stays together: 4 or 8 bytes.
 template <class Unit>
 WARPLOOM_INLINE void transpose_16_rows(const Unit* const* in, int64_t count, Unit* out, int64_t out_stride) {
@@ -302,7 +305,7 @@ WARPLOOM_INLINE void transpose_16_rows(const Unit* const* in, int64_t count, Uni
 }
 
 #if defined(WARPLOOM_HAS_AVX512)
-WARPLOOM_INLINE void transpose_16_rows(const uint32_t* const* in, int64_t count, uint32_t* out, int64_t out_stride) {
+WARPLOOM_INLINE void transpose_16_rows(const Unit32* const* in, int64_t count, Unit32* out, int64_t out_stride) {
   for (int64_t j = 0; j < count; j += 16) {
     __m512i a[16], b[16];
     for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in[i] + j);
@@ -320,7 +323,7 @@ WARPLOOM_INLINE void transpose_16_rows(const uint32_t* const* in, int64_t count,
       const __m512i even_0 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88), odd_0 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xdd);
       const __m512i even_1 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x88);
       const __m512i odd_1 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xdd);
-      uint32_t* rows = out + (j + c) * out_stride;
+      Unit32* rows = out + (j + c) * out_stride;
       _mm512_storeu_si512(rows, _mm512_shuffle_i32x4(even_0, even_1, 0x88));
       _mm512_storeu_si512(rows + 4 * out_stride, _mm512_shuffle_i32x4(odd_0, odd_1, 0x88));
       _mm512_storeu_si512(rows + 8 * out_stride, _mm512_shuffle_i32x4(even_0, even_1, 0xdd));
@@ -332,11 +335,11 @@ WARPLOOM_INLINE void transpose_16_rows(const uint32_t* const* in, int64_t count,
 
 template <int bytes>
 struct UnitOf {
-  using type = uint32_t;
+  using type = Unit32;
 };
 template <>
 struct UnitOf<8> {
-  using type = uint64_t;
+  using type = Unit64;
 };
 // A group of operands, which transposing must keep together.
 template <class E>

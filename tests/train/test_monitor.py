@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+
 from warploom.train.matmul_rate import measure
 from warploom.train.monitor import (
     EvalRecord,
@@ -211,7 +212,14 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (245, "4 min 05 s"), (3600, "1 h 00 min"), (11222, "3 h 07 min")],
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (245, "4 min 05 s"),
+        (3600, "1 h 00 min"),
+        (11222, "3 h 07 min"),
+    ],
 )
 def test_durations_read_well(seconds, text):
     assert format_duration(seconds) == text

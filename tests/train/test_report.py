@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+
 from warploom.train.chart import Series, line_chart, running_mean, thin, ticks
 from warploom.train.report import Sample, read_metrics, write_report
 

@@ -16,6 +16,7 @@ VOCABULARY = 29
 class ToyBatch:
     tokens: Tensor
     targets: Tensor
+    num_bytes: int | None = None
     source: Tensor | None = None
     source_lengths: Tensor | None = None
 
@@ -40,7 +41,6 @@ class ToyStream:
 
 class ToyData:
     num_sequences = 64
-    bytes_per_token = 2.0
 
     def __init__(self, make_batch, num_heldout=2):
         self.make_batch, self.num_heldout = make_batch, num_heldout
@@ -58,7 +58,7 @@ def counting(batch_size, generator, seq_len=16):
     start = torch.randint(VOCABULARY, (batch_size, 1), generator=generator)
     step = torch.randint(1, 4, (batch_size, 1), generator=generator)
     sequence = (start + step * torch.arange(seq_len + 1)) % VOCABULARY
-    return ToyBatch(sequence[:, :-1].contiguous(), sequence[:, 1:].contiguous())
+    return ToyBatch(sequence[:, :-1].contiguous(), sequence[:, 1:].contiguous(), num_bytes=2 * batch_size * seq_len)
 
 
 def ragged(batch_size, generator, seq_len=16):
@@ -73,14 +73,15 @@ def reversing(batch_size, generator, length=5):
     source = torch.randint(1, VOCABULARY, (batch_size, length), generator=generator)
     targets = source.flip(1)
     tokens = torch.cat((torch.zeros(batch_size, 1, dtype=torch.int64), targets[:, :-1]), dim=1)
-    return ToyBatch(tokens, targets, source, torch.full((batch_size,), length))
+    return ToyBatch(tokens, targets, source=source, source_lengths=torch.full((batch_size,), length))
 
 
-def toy_config(out_dir, *, model=None, optimizer=None, schedule=None, **train):
+def toy_config(out_dir, *, model=None, optimizer=None, schedule=None, vocab_size=VOCABULARY, **overrides):
     model = {"d_model": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 16, "dropout": 0.1, **(model or {})}
-    train = {"steps": 12, "seq_len": 16, "global_batch_size": 8, "micro_batch_size": 4, "device": "cpu", **train}
+    train = {"steps": 12, "seq_len": 16, "global_batch_size": 8, "micro_batch_size": 4, "device": "cpu", "threads": 1}
+    train.update(overrides)
     return RunConfig(
-        model=TransformerConfig(vocab_size=VOCABULARY, **model),
+        model=TransformerConfig(vocab_size=vocab_size, **model),
         train=TrainConfig(out_dir=out_dir, **train),
         optimizer=OptimizerConfig(**{"lr": 3e-3, **(optimizer or {})}),
         schedule=ScheduleConfig(**(schedule or {})),

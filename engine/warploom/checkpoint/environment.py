@@ -11,11 +11,12 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """Describe this process, for the checkpoint's meta: threads, instruction set, devices, torch version."""
+    """Describe this process, for a checkpoint's meta: threads, instruction set, CUDA devices in use, torch version."""
+    num_devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     return {
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "devices": [torch.cuda.get_device_name(index) for index in range(num_devices)],
         "torch": torch.__version__,
     }
 

@@ -68,6 +68,7 @@ MANIFEST_DIGEST = "manifest.json.xxh3"
 TEMPORARY_NAME = re.compile(r"\.tmp-step-\d+-(\d+)")
 TRASH_PREFIX = ".trash-"
 REPLACED_PREFIX = ".replaced-"
+_MAX_SHOWN = 8
 _STEP_NAME = re.compile(r"step-(\d{8,18})")
 
 
@@ -256,3 +257,9 @@ def _tensor_record(file: str, name: str, raw: Any) -> TensorRecord:
 def is_count(value: Any) -> TypeGuard[int]:
     """Whether a parsed JSON value is a non-negative integer (True and False are not)."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def shortened(items: list[str]) -> str:
+    """Join the items for a message, a long list cut short."""
+    more = len(items) - _MAX_SHOWN
+    return ", ".join(items[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")

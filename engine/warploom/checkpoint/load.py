@@ -20,7 +20,6 @@ from warploom.checkpoint.tensors import DTYPE_CODES, MAX_HEADER_BYTES, Entry, re
 from warploom.errors import UserError
 
 _PIECE_BYTES = 1 << 20
-_MAX_SHOWN = 8  # differences listed in a message
 
 T = TypeVar("T")
 
@@ -133,12 +132,12 @@ def load_weights(
     ]
     if differences:
         raise UserError(
-            f"the checkpoint does not fit the model: {_enumerate(differences)}; "
+            f"the checkpoint does not fit the model: {fmt.shortened(differences)}; "
             "build the model from the checkpoint's own config.json"
         )
     counts = _count_nonfinite(weights)
     if counts:
-        listing = _enumerate([f"{name} has {count}" for name, count in counts.items()])
+        listing = fmt.shortened([f"{name} has {count}" for name, count in counts.items()])
         message = f"the checkpoint holds weights that are NaN or infinite: {listing}; go on from an earlier checkpoint"
         if on_warning is None:
             raise UserError(message)
@@ -171,11 +170,6 @@ _ABSENT = _Absent()
 
 def _as_json(value: Any) -> Any:
     return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _enumerate(items: list[str]) -> str:
-    more = len(items) - _MAX_SHOWN
-    return ", ".join(items[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _count_nonfinite(weights: Mapping[str, Tensor]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warploom.checkpoint.format import shortened
 from warploom.errors import UserError
 
 # Options that say how a step is computed on this machine, not what it computes: a resumed run keeps its own.
@@ -34,17 +35,18 @@ def flatten_optimizer(
         groups.append({"parameters": [name_of[parameter] for parameter in group["params"]], "options": _options(group)})
         for parameter in group["params"]:
             name = name_of[parameter]
-            scalars: dict[str, Any] = {}
+            entry: dict[str, Any] = {"shape": list(parameter.shape), "tensors": [], "scalars": {}}
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"{prefix}{name}/{key}"] = value
+                    entry["tensors"].append(key)
                 elif value is None or isinstance(value, bool | int | float):
-                    scalars[key] = value
+                    entry["scalars"][key] = value
                 else:
                     raise TypeError(
                         f"optimizer state {key!r} of {name} must be a tensor or a number, got {type(value)}"
                     )
-            parameters[name] = {"shape": list(parameter.shape), "scalars": scalars}
+            parameters[name] = entry
     return tensors, {"class": type(optimizer).__name__, "groups": groups, "parameters": parameters}
 
 
@@ -60,35 +62,35 @@ def restore_optimizer(
     The options of each group (lr, betas, weight decay...) come back too, except those of the machine such as fused: a
     trainer that changes one does so afterwards. tensors may hold other optimizers' state under other prefixes. State
     is copied to its parameter's device.
-    Raises UserError naming every parameter that is missing, too many, of another shape or in another group.
+    Raises UserError naming the parameters that are missing, too many, of another shape or in another group.
     """
     name_of = {parameter: name for name, parameter in names}
-    _refuse_differences(optimizer, scalars, name_of)
+    _refuse_differences(optimizer, tensors, scalars, name_of, prefix)
     for group, saved_group in zip(optimizer.param_groups, scalars["groups"], strict=True):
         for key, value in saved_group["options"].items():
             if isinstance(group.get(key), Tensor):
                 group[key].fill_(value)
             else:
                 group[key] = tuple(value) if isinstance(value, list) else value
-    tensors_of: dict[str, dict[str, Tensor]] = {name: {} for name in scalars["parameters"]}
-    for flat_name, tensor in tensors.items():
-        name, _, key = flat_name.removeprefix(prefix).rpartition("/")
-        if flat_name.startswith(prefix) and name in tensors_of:
-            tensors_of[name][key] = tensor
     for group in optimizer.param_groups:
         # torch keeps the step count on the CPU unless the step itself runs on the device.
         counts_on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
             name = name_of[parameter]
-            state: dict[str, Any] = dict(scalars["parameters"][name]["scalars"])
-            for key, tensor in tensors_of[name].items():
+            entry = scalars["parameters"][name]
+            state = dict(entry["scalars"])
+            for key in entry["tensors"]:
                 device = torch.device("cpu") if key == "step" and not counts_on_device else parameter.device
-                state[key] = tensor.to(device, copy=True)
+                state[key] = tensors[f"{prefix}{name}/{key}"].to(device, copy=True)
             optimizer.state[parameter] = state
 
 
 def _refuse_differences(
-    optimizer: torch.optim.Optimizer, scalars: Mapping[str, Any], name_of: Mapping[Tensor, str]
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+    name_of: Mapping[Tensor, str],
+    prefix: str,
 ) -> None:
     kind = type(optimizer).__name__
     if scalars["class"] != kind:
@@ -104,6 +106,12 @@ def _refuse_differences(
         for name in own
         if name in saved and list(own[name].shape) != saved[name]["shape"]
     ]
+    differences += [
+        f"{prefix}{name}/{key} is missing from the checkpoint"
+        for name, entry in saved.items()
+        for key in entry["tensors"]
+        if f"{prefix}{name}/{key}" not in tensors
+    ]
     if not differences:
         groups = [{name_of[parameter] for parameter in group["params"]} for group in optimizer.param_groups]
         saved_groups = [set(group["parameters"]) for group in scalars["groups"]]
@@ -111,7 +119,7 @@ def _refuse_differences(
             differences.append("the same parameters are divided into other groups")
     if differences:
         raise UserError(
-            f"the checkpoint's {kind} state does not fit this run: {', '.join(differences)}; "
+            f"the checkpoint's {kind} state does not fit this run: {shortened(differences)}; "
             "resume with the checkpoint's own configuration"
         )
 

@@ -18,10 +18,10 @@ def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
     CUDA devices are included once CUDA is in use; asking sooner would start it on every device.
     """
     version, internal, gauss_next = random.getstate()
-    name, key, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
+    numpy = np.random.get_state(legacy=False)
     tensors = {
         "python": torch.tensor(internal, dtype=torch.int64),
-        "numpy": torch.from_numpy(key.astype(np.int64)),
+        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
         "torch.cpu": torch.get_rng_state(),
     }
     if torch.cuda.is_initialized():
@@ -29,10 +29,10 @@ def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
     scalars = {
         "python": {"version": version, "gauss_next": gauss_next},
         "numpy": {
-            "name": name,
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached_gaussian": float(cached_gaussian),
+            "bit_generator": numpy["bit_generator"],
+            "pos": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "gauss": float(numpy["gauss"]),
         },
     }
     return tensors, scalars
@@ -48,7 +48,7 @@ def restore(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> list[str]:
         python, numpy = scalars["python"], scalars["numpy"]
         random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss_next"]))
         key = tensors["numpy"].numpy().astype(np.uint32)
-        np.random.set_state((numpy["name"], key, numpy["position"], numpy["has_gauss"], numpy["cached_gaussian"]))
+        np.random.set_state({**numpy, "state": {"key": key, "pos": numpy["pos"]}})
         torch.set_rng_state(tensors["torch.cpu"])
         saved = sum(name.startswith("torch.cuda.") for name in tensors)
         present = torch.cuda.device_count() if saved or torch.cuda.is_initialized() else 0

@@ -26,7 +26,7 @@ from warploom.checkpoint.tensors import DTYPE_CODES, build_header, tensor_bytes
 from warploom.errors import UserError
 
 # Both checksums and the copy into the page cache read a piece while it is in the processor's cache.
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 18
 
 # Checkpoints that this process wrote and fsynced, or verified, with their files' times then: retention, which runs
 # after each save, need not read them again.
@@ -73,7 +73,7 @@ def sweep(run_dir: str | os.PathLike[str]) -> None:
 def make_run_folder(run_dir: Path) -> None:
     """Create run_dir and its missing parents, so that a power loss cannot take them from under a checkpoint."""
     missing = []
-    while not run_dir.is_dir():
+    while not os.path.isdir(run_dir):
         missing.append(run_dir)
         run_dir = run_dir.parent
     for folder in reversed(missing):
@@ -84,9 +84,10 @@ def make_run_folder(run_dir: Path) -> None:
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint folder. It loses its name first, so that a kill leaves it whole or not counted at all."""
     trash = checkpoint.with_name(f"{fmt.TRASH_PREFIX}{checkpoint.name.lstrip('.')}-{os.getpid()}")
+    shutil.rmtree(trash, ignore_errors=True)
     _rename(checkpoint, trash)
     _fsync_folder(checkpoint.parent)
-    shutil.rmtree(trash)
+    shutil.rmtree(trash, ignore_errors=True)  # what stays is swept by the next save
 
 
 def remember(checkpoint: Path) -> None:
@@ -225,7 +226,7 @@ def _file_times(checkpoint: Path) -> tuple[tuple[str, int, int, int], ...]:
 def _explain(run_dir: Path, state: CheckpointState, error: OSError) -> str:
     tensors = (*state.weights.values(), *state.optimizer.values(), *state.rng.values())
     needed = sum(tensor.nbytes for tensor in tensors) + len(state.tokenizer or b"")
-    existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
+    existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if os.path.isdir(folder))
     kept = fmt.list_checkpoints(run_dir)
     return (
         f"the checkpoint of step {state.step} could not be saved in {run_dir}: {error.strerror or error} "

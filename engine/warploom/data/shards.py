@@ -17,14 +17,12 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,15 +30,14 @@ import numpy as np
 import xxhash
 
 from warploom.data.documents import Paths, list_files, read_documents
-from warploom.data.heldout import HASH_RANGE, MIN_HELDOUT_DOCUMENTS, Unit, blocks, sides, text_hash, units
+from warploom.data.heldout import sides
+from warploom.data.survey import survey
 from warploom.data.token_files import TokenFileWriter, checksum, open_token_file, token_dtype
-from warploom.data.tokenizer import Tokenizer
+from warploom.data.tokenizer import Tokenizer, require_vocab_size
 from warploom.errors import UserError
 
 FORMAT = "warploom-tokens"
 VERSION = 1
-# The vocabulary is learnt from at most so much text: more changes it little and takes time and memory.
-TOKENIZER_SAMPLE_BYTES = 32 << 20
 SHARD_TOKENS = 1 << 27
 _TASK_CHARS = 1 << 18
 _OURS = (".tokens", ".offsets")
@@ -93,6 +90,10 @@ def tokenize_corpus(
     """
     if not 0 < heldout_fraction < 1:
         raise UserError(f"heldout-fraction must be between 0 and 1, got {heldout_fraction}; 0.05 is usual")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers must be at least 1, got {workers}")
+    if tokenizer is None:
+        require_vocab_size(vocab_size)
     files = list_files(paths)
     settings = _Settings(
         vocab_size=vocab_size if tokenizer is None else None,
@@ -113,6 +114,7 @@ def tokenize_corpus(
                 with contextlib.suppress(UserError):  # damaged or of another version: made anew
                     dataset = TokenDataset(out)
                     if dataset.manifest["request"] == request:
+                        dataset.verify()
                         return dataset
             _require_replaceable(out)
             partial = out.parent / f".{out.name}.partial"
@@ -137,13 +139,17 @@ def _build(
     workers: int,
     progress: Progress,
 ) -> None:
-    survey = _survey(files, settings, sample=tokenizer is None, progress=progress)
+    plan = survey(
+        lambda: settings.documents(files),
+        settings.heldout_fraction,
+        settings.heldout_unit,
+        lambda num_bytes: progress("survey", num_bytes, None),
+    )
     notes = []
     if tokenizer is None:
         assert settings.vocab_size is not None
         progress("train tokenizer", 0, None)
-        tokenizer = Tokenizer.train(survey.sample, settings.vocab_size)
-        survey.sample.clear()
+        tokenizer = Tokenizer.train(plan.sample, settings.vocab_size)
         if tokenizer.vocab_size < settings.vocab_size:
             notes.append(
                 f"the vocabulary has {tokenizer.vocab_size} tokens of the {settings.vocab_size} asked for: "
@@ -158,15 +164,13 @@ def _build(
     }
     try:
         pieces = (
-            piece
-            for text in settings.documents(files, counts)
-            for piece in sides(text, survey.unit, survey.threshold)
+            piece for text in settings.documents(files, counts) for piece in sides(text, plan.unit, plan.threshold)
         )
         done = 0
         for heldout, num_bytes, ids in _encode(pieces, tokenizer, workers):
             writers[heldout].append(ids, num_bytes)
             done += num_bytes
-            progress("encode", done, survey.num_bytes)
+            progress("encode", done, plan.num_bytes)
         splits = {writer.name: writer.close() for writer in writers.values()}
     finally:
         for writer in writers.values():
@@ -176,10 +180,10 @@ def _build(
         "version": VERSION,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "documents_read": survey.num_documents,
+        "documents_read": plan.num_documents,
         "documents_left_out": dict(counts),
-        "heldout_unit": survey.unit,
-        "heldout_threshold": f"{survey.threshold:016x}",
+        "heldout_unit": plan.unit,
+        "heldout_threshold": f"{plan.threshold:016x}",
         "notes": notes,
         "splits": splits,
         "request": request,
@@ -188,84 +192,6 @@ def _build(
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """What must be known of the corpus before it is encoded."""
-
-    unit: Unit
-    threshold: int  # a unit is held out if its hash is below
-    num_documents: int
-    num_bytes: int
-    sample: list[str]  # of the training side, for the tokenizer
-
-
-def _survey(files: list[Path], settings: _Settings, sample: bool, progress: Progress) -> _Survey:
-    fraction = settings.heldout_fraction
-    unit: Unit = "document"
-    if settings.heldout_unit == "auto":
-        enough = math.ceil(MIN_HELDOUT_DOCUMENTS / fraction)
-        unit = "document" if sum(1 for _ in islice(settings.documents(files), enough)) == enough else "block"
-    else:
-        unit = settings.heldout_unit
-
-    threshold = int(fraction * HASH_RANGE)
-    lowest, highest = HASH_RANGE, -1
-    num_documents = num_bytes = 0
-    learnt_from = _LowestHashes(TOKENIZER_SAMPLE_BYTES)
-    for text in settings.documents(files):
-        num_documents += 1
-        num_bytes += len(text.encode("utf-8"))
-        for piece in units(text, unit):
-            piece_hash = text_hash(piece)
-            lowest, highest = min(lowest, piece_hash), max(highest, piece_hash)
-            if sample and piece_hash >= threshold:
-                for block in blocks(piece):
-                    learnt_from.add(text_hash(block), block)
-        progress("survey", num_bytes, None)
-    # A corpus so small that nothing fell below the threshold gives its lowest unit to the held-out side.
-    threshold = max(threshold, lowest + 1)
-    if highest < threshold:
-        raise UserError(
-            f"the corpus has too little text to hold some out: {num_bytes} bytes in {num_documents} document(s), "
-            f"no {unit} of which is left to train on; give more text, or a smaller heldout-fraction than {fraction}"
-        )
-    return _Survey(unit, threshold, num_documents, num_bytes, learnt_from.texts(threshold))
-
-
-class _LowestHashes:
-    """The texts of lowest hash that fit into limit_bytes: a sample that does not depend on their order."""
-
-    def __init__(self, limit_bytes: int):
-        self._limit_bytes = limit_bytes
-        self._kept: list[tuple[int, str]] = []
-        self._kept_bytes = 0
-        self._below = HASH_RANGE
-
-    def add(self, key: int, text: str) -> None:
-        if key >= self._below:
-            return
-        self._kept.append((key, text))
-        self._kept_bytes += len(text)
-        if self._kept_bytes > 2 * self._limit_bytes:
-            self._trim()
-
-    def _trim(self) -> None:
-        self._kept.sort()
-        total = 0
-        for count, (key, text) in enumerate(self._kept):
-            total += len(text)
-            if total > self._limit_bytes and count:
-                self._below = key
-                del self._kept[count:]
-                total -= len(text)
-                break
-        self._kept_bytes = total
-
-    def texts(self, at_least: int) -> list[str]:
-        self._trim()
-        return [text for key, text in self._kept if key >= at_least]
 
 
 def _encode(
@@ -366,23 +292,12 @@ class TokenSplit:
         self.num_documents: int = entry["num_documents"]
         self.num_bytes: int = entry["num_bytes"]
         self.token_bytes = tokenizer.token_bytes
-        self._entries = [*entry["shards"], entry["offsets"]]
-        self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([tokenizer.sha256, self._entries], sort_keys=True))
-        self._paths = [_inside(folder, item["file"]) for item in self._entries]
-        *self._shards, offsets = [open_token_file(path) for path in self._paths]
-        for path, item, values in zip(self._paths, self._entries, [*self._shards, offsets], strict=True):
-            if len(values) != item["count"]:
-                raise UserError(
-                    f"{path} holds {len(values)} tokens, the manifest says {item['count']}; tokenize again"
-                )
+        self._files = {folder / item["file"]: item["xxh3_128"] for item in (*entry["shards"], entry["offsets"])}
+        identity = [tokenizer.sha256, *self._files.values()]
+        self.fingerprint: str = xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
         dtype = token_dtype(tokenizer.vocab_size)
-        for path, shard in zip(self._paths, self._shards, strict=False):
-            if shard.dtype != dtype:
-                raise UserError(
-                    f"the token file {path} holds {shard.dtype}, the vocabulary of {tokenizer.vocab_size} needs "
-                    f"{dtype}; tokenize again"
-                )
-        self.document_starts = offsets[:-1]
+        self._shards = [_open(folder, item, dtype) for item in entry["shards"]]
+        self.document_starts = _open(folder, entry["offsets"], np.dtype("<u8"))[:-1]
         self._shard_starts = np.cumsum([0, *map(len, self._shards)]).tolist()
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -404,8 +319,8 @@ class TokenSplit:
 
     def verify(self) -> None:
         """Read every file through and hold it against its checksum. Raises UserError naming one that differs."""
-        for path, entry, values in zip(self._paths, self._entries, map(open_token_file, self._paths), strict=True):
-            if checksum(values) != entry["xxh3_128"]:
+        for path, expected in self._files.items():
+            if checksum(open_token_file(path)) != expected:
                 raise UserError(f"the checksum of {path} is not that of the manifest: it is damaged; tokenize again")
 
 
@@ -418,13 +333,9 @@ class TokenDataset:
         self.manifest = _read_manifest(self.folder / "manifest.json")
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         self.require_tokenizer(self.tokenizer)
-        try:
-            self.train, self.heldout = (
-                TokenSplit(self.folder, name, self.manifest["splits"][name], self.tokenizer)
-                for name in ("train", "heldout")
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.folder / 'manifest.json'} is damaged: {error!r}; tokenize again") from error
+        splits = self.manifest["splits"]
+        self.train = TokenSplit(self.folder, "train", splits["train"], self.tokenizer)
+        self.heldout = TokenSplit(self.folder, "heldout", splits["heldout"], self.tokenizer)
 
     def require_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise UserError if the tokens are not this tokenizer's."""
@@ -452,13 +363,38 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not the manifest of a {FORMAT} folder; tokenize again")
     if manifest.get("version") != VERSION:
         raise UserError(f"{path} has format version {manifest.get('version')!r}, this is {VERSION}; tokenize again")
+    _require_fields(manifest, path)
     return manifest
 
 
-def _inside(folder: Path, name: str) -> Path:
-    if Path(name).name != name:
-        raise UserError(f"the manifest in {folder} names a file outside it, {name!r}; tokenize again")
-    return folder / name
+def _require_fields(manifest: dict[str, Any], path: Path) -> None:
+    """Refuse a manifest that lacks what is read from it, or names files outside its folder."""
+    try:
+        fields: list[tuple[object, type]] = [(manifest["tokenizer_sha256"], str), (manifest["request"], dict)]
+        for name in ("train", "heldout"):
+            split = manifest["splits"][name]
+            fields += [(split[count], int) for count in ("num_tokens", "num_documents", "num_bytes")]
+            for item in (*split["shards"], split["offsets"]):
+                fields += [(item["file"], str), (item["count"], int), (item["xxh3_128"], str)]
+                if Path(item["file"]).name != item["file"]:
+                    raise UserError(f"{path} names a file outside its folder, {item['file']!r}; tokenize again")
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path} is damaged, a field is missing: {error!r}; tokenize again") from error
+    for value, kind in fields:
+        if not isinstance(value, kind):
+            raise UserError(f"{path} is damaged: {value!r} stands where a {kind.__name__} should; tokenize again")
+
+
+def _open(folder: Path, entry: dict[str, Any], dtype: np.dtype[Any]) -> np.ndarray:
+    path = folder / entry["file"]
+    values = open_token_file(path)
+    if values.dtype != dtype:
+        raise UserError(f"the token file {path} holds {values.dtype}, not {dtype} as it should; tokenize again")
+    if len(values) != entry["count"]:
+        raise UserError(
+            f"the token file {path} holds {len(values)} tokens, the manifest says {entry['count']}; tokenize again"
+        )
+    return values
 
 
 def _source(path: Path) -> dict[str, Any]:
@@ -484,8 +420,8 @@ def _writing(out: Path) -> Iterator[None]:
     except OSError as error:
         full = ", the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise UserError(
-            f"cannot write the tokens to {out}: {error.strerror or error}{full}; nothing was left there, give a folder "
-            "with room"
+            f"cannot write the tokens to {out}: {error.strerror or error}{full}; what was there before is untouched, "
+            "name another folder or make room"
         ) from error
 
 

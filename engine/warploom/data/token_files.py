@@ -19,10 +19,10 @@ from warploom.errors import UserError
 MAGIC = b"WLTOKENS"
 VERSION = 1
 _HEADER = struct.Struct("<8sIIQQ")
-_DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The smallest unsigned integer that holds every token id."""
     return _DTYPES[2 if vocab_size <= 1 << 16 else 4]
 
@@ -30,7 +30,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class TokenFileWriter:
     """Appends integers to a new file; it is a token file only once close has written the header."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
+    def __init__(self, path: Path, dtype: np.dtype[Any]):
         self._path, self._dtype = path, dtype
         self._hash = xxhash.xxh3_128()
         self._file = open(path, "xb")
@@ -97,5 +97,5 @@ def checksum(values: np.ndarray) -> str:
     """The checksum of a mapped file's integers, as its manifest entry has it."""
     digest = xxhash.xxh3_128()
     for start in range(0, len(values), 1 << 20):
-        digest.update(values[start : start + (1 << 20)])
+        digest.update(values[start : start + (1 << 20)].data)
     return digest.hexdigest()

@@ -61,7 +61,9 @@ class Tokenizer:
         texts have too few pairs that occur twice: compare .vocab_size. Raises UserError if vocab_size < 257.
         """
         if vocab_size < MIN_VOCAB_SIZE:
-            raise UserError(f"vocab-size must be at least {MIN_VOCAB_SIZE}, one per byte and one more, got {vocab_size}")
+            raise UserError(
+                f"vocab-size must be at least {MIN_VOCAB_SIZE}, one per byte and one more, got {vocab_size}"
+            )
         encoder = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -139,7 +141,9 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """encode as an int64 array, in the calling thread alone and outside the interpreter's lock."""
-        pieces = [self._encoder.encode_batch_fast([piece], add_special_tokens=False)[0].ids for piece in self._pieces(text)]
+        pieces = [
+            self._encoder.encode_batch_fast([piece], add_special_tokens=False)[0].ids for piece in self._pieces(text)
+        ]
         return np.concatenate([np.array(ids, dtype=np.int64) for ids in pieces])
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -179,6 +183,12 @@ class Tokenizer:
                 yield text[start : border.end()]
                 start = border.end()
         yield text[start:]
+
+
+def require_vocab_size(vocab_size: int) -> None:
+    """Raise UserError if a vocabulary of this size cannot be trained."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(f"vocab-size must be at least {MIN_VOCAB_SIZE}, one per byte and one more, got {vocab_size}")
 
 
 _BORDER = re.compile(r"(?<=[!-~])\n(?=[!-~])")

@@ -1,0 +1,1 @@
+"""How good a trained model is: held-out loss, perplexity, bits per byte."""

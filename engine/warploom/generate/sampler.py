@@ -37,13 +37,15 @@ def generate(
 
     Prompts may have different lengths; what a sample says does not depend on the prompts beside it, up to the rounding
     of the model's products. A sample ends at <|endoftext|>, a stop string (cut off), max_new_tokens, or when the
-    model's context is full. An empty prompt stands for the beginning of a document. For an encoder-decoder, sources
-    gives the text to encode for each prompt. on_text(prompt number, sample number, piece) is called as text comes.
+    model's context is full. Each prompt is read as the beginning of a document, an empty one too. For an
+    encoder-decoder, sources gives the text to encode for each prompt. on_text(prompt number, sample number, piece) is
+    called as text comes.
     Raises UserError for a prompt longer than the context.
     """
     sampling = SamplingConfig() if sampling is None else sampling
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    # Training documents begin with <|endoftext|>, so a prompt does too.
+    encoded = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= model.config.max_seq_len:
             raise UserError(
@@ -105,7 +107,8 @@ def sample_tokens(
         B, T = tokens.shape
         room = min(T + sampling.max_new_tokens, model.config.max_seq_len)
         tokens = torch.nn.functional.pad(tokens, (0, room - T))
-        seen = _mark_seen(tokens, lengths, model.config.vocab_size)
+        # What begins a document is not a word that could be repeated.
+        seen = _mark_seen(tokens[:, 1:], lengths - 1, model.config.vocab_size)
         arguments: dict[str, Tensor] = {}
         if source is not None:
             padded, arguments["source_lengths"] = pad_right(source, device)

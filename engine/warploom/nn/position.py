@@ -91,7 +91,7 @@ class AlibiPosition(NoPosition):
         """(H,) float32."""
         power = 2 ** int(math.log2(self.num_heads))
         main = torch.arange(1, power + 1, device=device) * (-8 / power)
-        extra = torch.arange(1, 2 * (self.num_heads - power), 2, device=device) * (-4 / power)
+        extra = (2 * torch.arange(self.num_heads - power, device=device) + 1) * (-4 / power)
         return torch.cat([main, extra]).exp2()
 
     def bias(self, positions: Tensor, num_keys: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The only door to a kernel. One file per op; the files found here are the list of ops, so adding one edits nothing else."""
+"""The only door to a kernel. One file per op; the files found here are the list of ops, so adding one edits no list."""
 
 import importlib
 import pkgutil

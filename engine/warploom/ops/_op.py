@@ -46,12 +46,14 @@ class Backend:
 @dataclass(frozen=True)
 class Case:
     """One input of an op. `make` returns the public function's keyword arguments with float64 tensors; users of the
-    case cast the floating ones to the dtype under test, and take gradients for those not named in `no_grad`."""
+    case cast the floating ones to the dtype under test (those named in `wide` to float32 at least), and take gradients
+    for those not named in `no_grad`."""
 
     name: str
     make: Callable[[torch.Generator], dict[str, Any]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     no_grad: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
     gradcheck: bool = False  # small enough for finite differences in float64
 
 
@@ -208,7 +210,8 @@ def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
     global _forced
     if torch.compiler.is_compiling():
         raise RuntimeError("backend() inside compiled code would have no effect: open the with block around the call")
-    wanted = _parse_forced(",".join([*filter(None, [name]), *(f"{op}={value}" for op, value in by_op.items())]), REGISTRY)
+    parts = [f"{op}={choice}" for op, choice in by_op.items()]
+    wanted = _parse_forced(",".join(parts if name is None else [name, *parts]), REGISTRY)
     before = _forced
     _forced = {**({} if name is not None else before), **wanted}
     try:

@@ -111,9 +111,7 @@ def _check_values(q, k, v, bias, cu_seqlens, key_lengths, causal, softmax_scale)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, cu_seqlens, key_lengths, causal, softmax_scale):
-        o, lse = torch.ops.warploom.attention_fwd.default(
-            q, k, v, bias, cu_seqlens, key_lengths, causal, softmax_scale
-        )
+        o, lse = torch.ops.warploom.attention_fwd.default(q, k, v, bias, cu_seqlens, key_lengths, causal, softmax_scale)
         ctx.save_for_backward(q, k, v, o, lse, bias, cu_seqlens, key_lengths)
         ctx.causal, ctx.softmax_scale = causal, softmax_scale
         return o
@@ -128,9 +126,7 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None if bias is None else dbias, None, None, None, None
 
 
-def attention_reference(
-    q, k, v, *, causal=False, bias=None, cu_seqlens=None, key_lengths=None, softmax_scale=None
-):
+def attention_reference(q, k, v, *, causal=False, bias=None, cu_seqlens=None, key_lengths=None, softmax_scale=None):
     group = q.shape[1] // k.shape[1]
     wide = _stat_dtype(q)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

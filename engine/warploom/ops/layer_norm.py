@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from warploom.ops import _extension
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
@@ -47,6 +48,7 @@ class _LayerNorm(torch.autograd.Function):
         return y, stream
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dstream):
         x, weight, mean, rstd = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.warploom.layer_norm_bwd(

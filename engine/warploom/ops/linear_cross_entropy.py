@@ -39,7 +39,9 @@ def linear_cross_entropy(
     if not hidden.is_floating_point():
         raise TypeError(f"hidden must be floating point, got {hidden.dtype}")
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"weight must be (V, C), V at least 1, to match hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be (V, C), V at least 1, to match hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
     if weight.dtype not in (hidden.dtype, torch.float32):
         raise TypeError(f"weight must be {hidden.dtype} as hidden is or torch.float32, got {weight.dtype}")
     if targets.dtype != torch.int64:
@@ -206,7 +208,11 @@ OP = Op(
         _bad("weight_dtype", "weight must be torch.float32", TypeError, weight=torch.ones(5, 4).half()),
         _bad("targets_shape", r"targets must be \(2, 3\)", targets=torch.zeros(6, dtype=torch.int64)),
         _bad("targets_dtype", "targets must be torch.int64", TypeError, targets=torch.zeros(2, 3)),
-        _bad("target_too_large", r"targets must be in \[0, 5\) or ignore_index -100, got 7", targets=torch.full((2, 3), 7)),
+        _bad(
+            "target_too_large",
+            r"targets must be in \[0, 5\) or ignore_index -100, got 7",
+            targets=torch.full((2, 3), 7),
+        ),
         _bad("target_negative", "got -1", targets=torch.full((2, 3), -1)),
         _bad("reduction", "reduction must be 'mean' or 'sum', got 'none'", reduction="none"),
     ),

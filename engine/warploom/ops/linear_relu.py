@@ -132,7 +132,10 @@ OP = Op(
         Case("one_row", _case(6, C=9)),
         Case("one_element", _case(1, 1, C=1)),
         Case("no_rows", _case(0, 8, C=4)),
-        *(Case(f"{N}x{C}x{width}", _case(N, width, C=C)) for N, C, width in ((7, 63, 65), (33, 128, 257), (130, 96, 384))),
+        *(
+            Case(f"{N}x{C}x{width}", _case(N, width, C=C))
+            for N, C, width in ((7, 63, 65), (33, 128, 257), (130, 96, 384))
+        ),
         Case("batched", _case(2, 3, 64, C=48)),
     ),
     bad_cases=(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from warploom.data.loader import Loader
+from warploom.data.loader import Loader, evaluation_batches
 from warploom.data.shards import TokenDataset
 from warploom.train.config import TrainConfig
 
-IGNORE_INDEX = -100
 _INPUTS = ("cu_seqlens", "positions", "lengths", "source", "source_lengths")
 
 
@@ -45,41 +44,37 @@ class TrainingData(Protocol):
     def num_sequences(self) -> int:
         """Sequences in one pass over the training split."""
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of held-out text behind a token, for bits per byte; nan where that means nothing."""
-
     def train_batches(self, micro_batch_size: int) -> BatchStream: ...
     def heldout_batches(self, micro_batch_size: int) -> Iterable[Batch]:
-        """The held-out batches, the same at every call."""
+        """Return the held-out batches, the same at every call.
+
+        Where they have num_bytes, the UTF-8 bytes of text behind their targets, bits per byte are reckoned.
+        """
 
 
 class TokenData:
-    """TrainingData over a folder of token shards, as the configuration wants it cut."""
+    """TrainingData over a folder of token shards, cut as the configuration wants it."""
 
     def __init__(self, dataset: TokenDataset, config: TrainConfig) -> None:
         self._dataset, self._config = dataset, config
-        self.num_sequences = self._loader(dataset.train, 1, shuffle=True).windows_per_epoch
-        self.bytes_per_token = dataset.heldout.num_bytes / max(1, dataset.heldout.num_tokens)
+        self.num_sequences = self.train_batches(1).windows_per_epoch
 
     def train_batches(self, micro_batch_size: int) -> Loader:
-        return self._loader(self._dataset.train, micro_batch_size, shuffle=True)
-
-    def heldout_batches(self, micro_batch_size: int) -> Iterable[Batch]:
-        windows = self._loader(self._dataset.heldout, 1, shuffle=False).windows_per_epoch
-        if self._config.eval_tokens:
-            windows = min(windows, -(-self._config.eval_tokens // self._config.seq_len))
-        size = min(micro_batch_size, windows)
-        return itertools.islice(self._loader(self._dataset.heldout, size, shuffle=False), windows // size)
-
-    def _loader(self, split: Any, micro_batch_size: int, *, shuffle: bool) -> Loader:
         return Loader(
-            split,
+            self._dataset.train,
             seq_len=self._config.seq_len,
             micro_batch_size=micro_batch_size,
             seed=self._config.seed,
-            shuffle=shuffle,
             separate_documents=self._config.separate_documents,
+        )
+
+    def heldout_batches(self, micro_batch_size: int) -> Iterable[Batch]:
+        return evaluation_batches(
+            self._dataset.heldout,
+            seq_len=self._config.seq_len,
+            micro_batch_size=micro_batch_size,
+            separate_documents=self._config.separate_documents,
+            max_windows=math.ceil(self._config.eval_tokens / self._config.seq_len) or None,
         )
 
 

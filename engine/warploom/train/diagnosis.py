@@ -26,8 +26,9 @@ def diagnose(curve: Sequence[EvalRecord]) -> list[str]:
             f"to {last.heldout_loss:.3f}; use the best checkpoint, or more data, a smaller model, dropout or patience."
         ]
     warnings = []
-    gap = last.heldout_loss - last.train_loss
-    if gap - (first.heldout_loss - first.train_loss) > _GAP * last.train_loss:
+    # Early on the training loss, a mean since the evaluation before, lags behind: a negative gap is no baseline.
+    gap_at_first = max(0.0, first.heldout_loss - first.train_loss)
+    if last.heldout_loss - last.train_loss - gap_at_first > _GAP * last.train_loss:
         warnings.append(
             f"Overfitting begins: the held-out loss ({last.heldout_loss:.3f}) has fallen behind the training loss "
             f"({last.train_loss:.3f}); more data or dropout will help more than more steps."

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from warploom.train.batches import IGNORE_INDEX, Batch, inputs_to
+from warploom.data.loader import IGNORE_INDEX
+from warploom.train.batches import Batch, inputs_to
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class HeldoutLoss:
     loss: float
     """Mean over the targets, nats."""
     num_targets: int
-    bytes_per_token: float
-    """UTF-8 bytes of text behind a token; nan where the data does not know it."""
+    num_bytes: int | None
+    """UTF-8 bytes of text behind the targets; None where the data does not know them."""
 
     @property
     def perplexity(self) -> float:
@@ -26,8 +27,8 @@ class HeldoutLoss:
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss in a unit that does not depend on the tokenizer."""
-        return self.loss / (math.log(2) * self.bytes_per_token)
+        """The loss in a unit that does not depend on the tokenizer; nan without num_bytes."""
+        return self.loss * self.num_targets / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 
 @torch.no_grad()
@@ -36,8 +37,7 @@ def heldout_loss(
     batches: Iterable[Batch],
     device: torch.device,
     *,
-    bytes_per_token: float = math.nan,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] | None = None,
 ) -> HeldoutLoss | None:
     """Return the mean loss over all targets of batches, or None as soon as stop() says so.
 
@@ -45,9 +45,12 @@ def heldout_loss(
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     num_targets = 0
+    num_bytes: int | None = 0
     for batch in batches:
-        if stop():
+        if stop is not None and stop():
             return None
         total += loss_sum(**inputs_to(batch, device))
         num_targets += int((batch.targets != IGNORE_INDEX).sum())
-    return HeldoutLoss(float(total) / num_targets if num_targets else math.nan, num_targets, bytes_per_token)
+        batch_bytes = getattr(batch, "num_bytes", None)
+        num_bytes = None if num_bytes is None or batch_bytes is None else num_bytes + batch_bytes
+    return HeldoutLoss(float(total) / num_targets if num_targets else math.nan, num_targets, num_bytes)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from warploom.train.batches import IGNORE_INDEX, Batch, inputs_to
+from warploom.data.loader import IGNORE_INDEX
+from warploom.train.batches import Batch, inputs_to
 
 
 class StepOutcome(NamedTuple):

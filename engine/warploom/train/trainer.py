@@ -37,6 +37,7 @@ from warploom.optim import build_optimizers, lr_multiplier
 from warploom.train import matmul_rate
 from warploom.train.batch_size import find_micro_batch_size
 from warploom.train.batches import TokenData, TrainingData, inputs_to
+from warploom.train.budget import corrected_steps, is_correction_due
 from warploom.train.config import RunConfig
 from warploom.train.diagnosis import diagnose
 from warploom.train.guard import StopSignals
@@ -70,6 +71,7 @@ class TrainResult:
 class Progress:
     """The counters of a run, plain JSON values. They belong to the state that a checkpoint restores."""
 
+    num_steps: int  # where the run ends; a time budget may move it
     step: int = 0  # global batches seen, skipped ones included
     tokens: int = 0
     skipped_steps: int = 0
@@ -87,7 +89,9 @@ class Trainer:
     """Trains a model on data as config.train, config.optimizer and config.schedule say.
 
     data is a TokenDataset or any TrainingData. The tokenizer goes into the checkpoints. Without a monitor the run is
-    silent. The run folder is config.train.out_dir; only one trainer at a time can work in it.
+    silent. With a deadline, a moment of time.monotonic(), the number of steps is corrected to the pace of the run so
+    that the last step, evaluations and checkpoints in between included, is done by then. The run folder is
+    config.train.out_dir; only one trainer at a time can work in it.
     """
 
     def __init__(
@@ -98,13 +102,15 @@ class Trainer:
         *,
         tokenizer: Tokenizer | None = None,
         monitor: Monitor | None = None,
+        deadline: float | None = None,
     ) -> None:
         self.model, self.config = model, config
         self._data = TokenData(data, config.train) if isinstance(data, TokenDataset) else data
-        self._tokenizer, self._monitor = tokenizer, monitor
-        self._device = _device(config.train.device)
-        self._dtype = _compute_dtype(config.train.dtype, self._device)
-        self.num_steps = config.train.steps or math.ceil(
+        self._tokenizer, self._monitor, self._deadline = tokenizer, monitor, deadline
+        self._device = choose_device(config.train.device)
+        self._dtype = choose_dtype(config.train.dtype, self._device)
+        self._checkpoint: Path | None = None  # the last that was written or taken up
+        self._planned_steps = config.train.steps or math.ceil(
             (config.train.epochs or 1) * self._data.num_sequences / config.train.global_batch_size
         )
 
@@ -145,8 +151,7 @@ class Trainer:
         self._loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if train.compile else loss_sum
         # Muon's products follow the compute type: who trains in bfloat16 has fast products for it.
         self._optimizers = build_optimizers(self.model, self.config.optimizer, muon_dtype=self._dtype)
-        self._checkpoint: Path | None = None
-        self.progress = Progress()
+        self.progress = Progress(num_steps=self._planned_steps)
         state = self._state_to_resume()
         if state is None:
             self._micro_batch_size = train.micro_batch_size or self._find_micro_batch_size()
@@ -156,7 +161,6 @@ class Trainer:
             torch.manual_seed(train.seed)
         else:
             self._restore(state)
-            self._checkpoint = train.out_dir / folder_name(state.step)
         self._saved = (self.progress.step, self.progress.evaluated_step)
 
     def _start_monitor(self) -> None:
@@ -166,7 +170,7 @@ class Trainer:
         self._matmul_flops = matmul_rate.measure(self._dtype, self._device)
         self._monitor.start(
             RunInfo(
-                steps=self.num_steps,
+                steps=self.progress.num_steps,
                 start_step=self.progress.step,
                 num_parameters=self.model.num_parameters(),
                 tokens_per_step=self.config.train.global_batch_size * self.config.train.seq_len,
@@ -180,8 +184,9 @@ class Trainer:
         """Step, evaluate and save until something ends the run; return what did."""
         train, progress = self.config.train, self.progress
         self._interval_s, self._interval_steps, self._interval_tokens = 0.0, 0, 0
+        self._paced_since = (time.monotonic(), progress.step)
         while True:
-            is_last = progress.step >= self.num_steps
+            is_last = progress.step >= progress.num_steps
             if progress.step > progress.evaluated_step and (is_last or progress.step % train.eval_every == 0):
                 self._evaluate(signals)
             stopped_because = None
@@ -198,11 +203,25 @@ class Trainer:
             if stopped_because is not None:
                 return stopped_because
             self._step()
+            if self._deadline is not None:
+                self._keep_to(self._deadline)
+
+    def _keep_to(self, deadline: float) -> None:
+        """Move the end of the run to where the pace since the last correction, pauses included, will be at deadline."""
+        progress, now = self.progress, time.monotonic()
+        if now >= deadline:
+            progress.num_steps = progress.step
+        elif is_correction_due(progress.step, progress.num_steps):
+            pace_s = (now - self._paced_since[0]) / (progress.step - self._paced_since[1])
+            progress.num_steps = corrected_steps(progress.step, pace_s, deadline - now)
+            self._paced_since = (now, progress.step)
+        if self._monitor is not None:
+            self._monitor.set_steps(progress.num_steps)
 
     def _step(self) -> None:
         train, progress = self.config.train, self.progress
         # Skipped steps made no update, so the schedule stands still over them.
-        lr_factor = lr_multiplier(self.config.schedule, progress.step - progress.skipped_steps, self.num_steps)
+        lr_factor = lr_multiplier(self.config.schedule, progress.step - progress.skipped_steps, progress.num_steps)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
@@ -262,7 +281,6 @@ class Trainer:
             self._loss_sum,
             self._data.heldout_batches(self._micro_batch_size),
             self._device,
-            bytes_per_token=self._data.bytes_per_token,
             stop=lambda: signals.received is not None,
         )
         self.model.train()
@@ -328,12 +346,15 @@ class Trainer:
         """Load the checkpoint this run goes on from, None for a new run; refuse what would mix two runs."""
         train = self.config.train
         if train.resume == "auto":
-            return load_latest(train.out_dir, on_skip=self._message)
-        state = None if train.resume == "never" else load_checkpoint(find_checkpoint(train.resume, self._message))
+            state = load_latest(train.out_dir, on_skip=self._message)
+            self._checkpoint = None if state is None else train.out_dir / folder_name(state.step)
+            return state
+        self._checkpoint = None if train.resume == "never" else find_checkpoint(train.resume, self._message)
+        state = None if self._checkpoint is None else load_checkpoint(self._checkpoint)
         existing = list_checkpoints(train.out_dir)
         if existing and (state is None or (step_of(existing[0].name) or 0) > state.step):
             raise UserError(
-                f"train.out_dir {train.out_dir} already holds {existing[0].name}, which resuming from {train.resume!r} "
+                f"train.out_dir {train.out_dir} already holds {existing[0].name}, which train.resume {train.resume!r} "
                 "would mix with another run; choose another out_dir, or resume 'auto' to go on from there"
             )
         return state
@@ -344,7 +365,7 @@ class Trainer:
         fatal = [line for line in changed if line.startswith(_FIXED_FOR_A_RUN)]
         if fatal:
             raise UserError(
-                f"step {state.step} of the run in {self.config.train.out_dir} was trained with other settings "
+                f"{self._checkpoint} was trained with other settings "
                 f"({'; '.join(fatal)}); set them back, or choose another out_dir"
             )
         load_weights(self.model, state.weights)
@@ -363,6 +384,8 @@ class Trainer:
         self._stream = self._data.train_batches(self._micro_batch_size)
         self._stream.load_state_dict(state.meta["loader"])
         self.progress = Progress(**state.meta["progress"])
+        if any(line.startswith(("train.steps:", "train.epochs:")) for line in changed):
+            self.progress.num_steps = self._planned_steps
         self._message(f"Going on from step {state.step:,}.")
         for line in changed:
             if not line.startswith(_OF_NO_CONSEQUENCE):
@@ -420,7 +443,7 @@ def _name(optimizer: Optimizer) -> str:
     return type(optimizer).__name__.lower()
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is 'cuda', but PyTorch finds no CUDA device here; give 'cpu' or 'auto'")
     if name == "auto":
@@ -428,7 +451,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

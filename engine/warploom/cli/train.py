@@ -1,0 +1,111 @@
+"""`warploom train`: train a model on text."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from warploom.errors import UserError
+from warploom.models.config import TransformerConfig
+from warploom.models.presets import preset
+from warploom.optim import OptimizerConfig, ScheduleConfig
+from warploom.train.budget import parse_duration
+from warploom.train.config import RunConfig, TrainConfig
+from warploom.train.estimate import estimate
+from warploom.train.monitor import format_duration
+from warploom.train.run import TextConfig, TextRun, train_on_text
+from warploom.train.trainer import choose_device, choose_dtype
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train a model on text. With --budget the model, batch and length are chosen; else set them below."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders or globs (.txt .md .py .jsonl .parquet, also .gz .zst .xz), or one folder made by `warploom
+    tokenize`; left out, the standard library of this Python."""
+    budget: str | None = None
+    """Time for the whole command, such as 90s, 10m or 1.5h: chooses the model, batch, vocabulary and steps for it."""
+    preset: str | None = None
+    """A model by name, such as nano, tiny, small or gpt2; --model.* changes parts of it."""
+    config: Path | None = None
+    """A TOML file with the settings below, as [model], [train], [optimizer], [schedule], [text]; flags win over it."""
+    dry_run: bool = False
+    """Print the configuration, parameters, FLOPs per token and memory, and stop."""
+    model: TransformerConfig = field(default_factory=lambda: preset("small"))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    @staticmethod
+    def expand_preset(name: str) -> dict[str, Any]:
+        return {"model": dataclasses.asdict(preset(name))}
+
+    def run(self) -> int:
+        started = time.monotonic()
+        if self.budget is not None and self.preset is not None:
+            raise UserError(
+                f"budget {self.budget} chooses the model, and so does preset {self.preset}; leave one of them out"
+            )
+        budget_s = None if self.budget is None else parse_duration(self.budget)
+        config = RunConfig(self.model, self.train, self.optimizer, self.schedule)
+        if self.dry_run:
+            dry_run(config)
+            return 0
+        done = train_on_text(
+            self.data, config, text=self.text, budget_s=budget_s, started=started, console=Console(soft_wrap=True)
+        )
+        if done.result.stop_signal is not None:
+            print(f"The checkpoint is {done.result.checkpoint}; the same command goes on from there.")
+            return 128 + done.result.stop_signal
+        show(done)
+        return 0
+
+
+def dry_run(config: RunConfig) -> None:
+    """Print what a run would be, without touching data or device memory."""
+    device = choose_device(config.train.device)
+    for section, values in config.to_dict().items():
+        print(f"[{section}]")
+        for name, value in values.items():
+            print(f"{name} = {value!r}")
+    micro_batch_size = config.train.micro_batch_size or config.train.global_batch_size
+    cost = estimate(
+        config.model,
+        seq_len=config.train.seq_len,
+        micro_batch_size=micro_batch_size,
+        dtype=choose_dtype(config.train.dtype, device),
+        optimizer=config.optimizer,
+        grad_checkpointing=config.train.grad_checkpointing,
+    )
+    parts = {
+        "weights": cost.weights_bytes,
+        "gradients": cost.gradients_bytes,
+        "optimizer": cost.optimizer_bytes,
+        "activations": cost.activations_bytes,
+        "logits": cost.logits_bytes,
+    }
+    print(f"\nparameters       {cost.num_parameters:,}")
+    print(f"FLOPs per token  {cost.flops_per_token:,} (forward and backward)")
+    print(f"memory           {cost.total_bytes / 1e9:.2f} GB for micro batches of {micro_batch_size}: ", end="")
+    print(", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))
+
+
+def show(done: TextRun) -> None:
+    """Print the samples, the figures and where the report is."""
+    for sample in done.samples:
+        print(f"\n--- temperature {sample.temperature} ---")
+        print(sample.prompt + sample.text)
+    result = done.result
+    print(
+        f"\nHeld-out loss {result.heldout_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
+        f"after {result.tokens:,} tokens in {result.steps:,} steps; {format_duration(done.wall_s)} in all."
+    )
+    print(f"Checkpoint: {result.checkpoint}")
+    print(f"Report:     {done.report}")

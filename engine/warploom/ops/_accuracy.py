@@ -1,0 +1,182 @@
+"""How wrong may an op be: the one rule for the contract tests and the benches.
+
+Truth is the op's reference in float64, on inputs that the dtype under test holds exactly. The largest and the root mean
+square error of every output and gradient must be at most
+
+    2 * (error of torch_peer in the same dtype) + bound,    bound = u * |truth| + |truth(x * (1 + u e)) - truth(x)|
+
+with u the unit roundoff of the dtype (2**-24 float32, 2**-11 float16, 2**-8 bfloat16) and each element of e either -1
+or 1. The factor 2 is FlashAttention's rule. The bound is what rounding does to any implementation: the first term is
+the one rounding of the result itself; the second is one rounding of everything that goes in, through the condition of
+the problem, the largest of a few draws of e. Saved outputs and tiles in the dtype are roundings of that size; sums are
+in float32 and add theirs. Without the bound, a peer that is right by luck in a tensor of few elements would forbid any
+rounding; a fixed tolerance would forgive bugs where the problem is well conditioned, and forbid rounding where it is
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warploom.ops._op import BenchCase, Case, Op
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The error of one output or gradient beside what is allowed."""
+
+    result: str
+    max_error: float
+    max_allowed: float
+    rms_error: float
+    rms_allowed: float
+
+    @property
+    def acceptable(self) -> bool:
+        # So written that NaN is not acceptable.
+        return self.max_error <= self.max_allowed and self.rms_error <= self.rms_allowed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.result}: max error {self.max_error:.3g} (allowed {self.max_allowed:.3g}), "
+            f"rms {self.rms_error:.3g} (allowed {self.rms_allowed:.3g})"
+        )
+
+
+class Trial:
+    """One case of an op in one dtype: its inputs, its true results and what error they allow."""
+
+    def __init__(self, op: Op, case: Case | BenchCase, dtype: torch.dtype, *, draws: int = 4, device: str = "cpu"):
+        self.op, self.dtype, self.device = op, dtype, device
+        self.draws = draws
+        no_grad, self.wide = (case.no_grad, case.wide) if isinstance(case, Case) else ((), ())
+        made = case.make(torch.Generator().manual_seed(0))
+        # Float64 tensors with values that the dtype under test holds.
+        self.inputs = {name: self._held(name, value) for name, value in made.items()}
+        self.differentiable = [
+            name for name, value in self.inputs.items() if _is_floating(value) and name not in no_grad
+        ]
+        generator = torch.Generator().manual_seed(1)
+        outputs = _as_tuple(op.reference(**self.inputs))
+        self.output_gradients = [
+            torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype).double() for y in outputs
+        ]
+
+    def _held(self, name: str, value: Any) -> Any:
+        return value.to(self._dtype_of(name, self.dtype)).double() if _is_floating(value) else value
+
+    def _dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32) if name in self.wide else dtype
+
+    def arguments(self) -> dict[str, Any]:
+        """The public function's arguments in the dtype under test; those to differentiate ask for a gradient."""
+        return self._cast(self.inputs, self.dtype, lambda tensor: tensor)
+
+    def _cast(self, inputs: dict[str, Any], dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        arguments = {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                value = value.to(self._dtype_of(name, dtype)) if value.is_floating_point() else value
+                value = layout(value.to(self.device, copy=True))
+            arguments[name] = value.requires_grad_() if name in self.differentiable else value
+        return arguments
+
+    def evaluate(
+        self,
+        function: Callable[..., Any],
+        dtype: torch.dtype | None = None,
+        layout: Callable[[Tensor], Tensor] | None = None,
+    ) -> Results:
+        """Outputs and gradients of the function, by name, in the dtype (default: the one under test).
+
+        layout rewrites every tensor that goes in, output gradients too, to one of equal values and other strides.
+        """
+        return self._evaluate(function, self.inputs, self.output_gradients, dtype or self.dtype, layout)
+
+    def _evaluate(self, function, inputs, output_gradients, dtype, layout=None) -> Results:
+        layout = layout or (lambda tensor: tensor)
+        arguments = self._cast(inputs, dtype, layout)
+        outputs = _as_tuple(function(**arguments))
+        results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+        if self.differentiable:
+            gradients = torch.autograd.grad(
+                outputs,
+                [arguments[name] for name in self.differentiable],
+                [layout(dy.to(y)) for dy, y in zip(output_gradients, outputs, strict=True)],
+            )
+            results |= {f"d{name}": dx for name, dx in zip(self.differentiable, gradients, strict=True)}
+        return results
+
+    @cached_property
+    def truth(self) -> Results:
+        return self.evaluate(self.op.reference, torch.float64)
+
+    @cached_property
+    def allowed(self) -> dict[str, tuple[float, float]]:
+        """Largest and root mean square error allowed, per result."""
+        u = torch.finfo(self.dtype).eps / 2
+        peer = _errors(self.evaluate(self.op.torch_peer), self.truth)
+        generator = torch.Generator().manual_seed(2)
+
+        def rounded(value: Any) -> Any:
+            if not _is_floating(value):
+                return value
+            signs = torch.randint(2, value.shape, generator=generator) * 2 - 1
+            return value * (1 + u * signs)
+
+        spread = [
+            _errors(
+                self._evaluate(
+                    self.op.reference,
+                    {name: rounded(value) for name, value in self.inputs.items()},
+                    [rounded(dy) for dy in self.output_gradients],
+                    torch.float64,
+                ),
+                self.truth,
+            )
+            for _ in range(self.draws)
+        ]
+        allowed = {}
+        for name, true in self.truth.items():
+            size = _max_and_rms(true)
+            allowed[name] = tuple(
+                # A peer that is itself NaN (SDPA on rows that see nothing) excuses nothing.
+                2 * (peer[name][i] if peer[name][i] < float("inf") else 0.0)
+                + u * size[i]
+                + max(draw[name][i] for draw in spread)
+                for i in range(2)
+            )
+        return allowed
+
+    def deviations(self, results: Results) -> list[Deviation]:
+        errors = _errors(results, self.truth)
+        return [
+            Deviation(name, errors[name][0], self.allowed[name][0], errors[name][1], self.allowed[name][1])
+            for name in self.truth
+        ]
+
+
+def _errors(results: Results, truth: Results) -> dict[str, tuple[float, float]]:
+    return {name: _max_and_rms(results[name].cpu().double() - true.cpu()) for name, true in truth.items()}
+
+
+def _max_and_rms(tensor: Tensor) -> tuple[float, float]:
+    if tensor.numel() == 0:
+        return 0.0, 0.0
+    return tensor.abs().max().item(), tensor.square().mean().sqrt().item()
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)

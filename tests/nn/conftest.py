@@ -1,0 +1,12 @@
+"""These models are tiny: one thread runs them faster than several, and several test runs side by side do not fight."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,190 @@
+"""--budget: durations, and plans for made-up machines and corpora: that they fit the time, the memory and the data."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from warploom.errors import UserError
+from warploom.train import budget
+from warploom.train.budget import (
+    Corpus,
+    Machine,
+    corrected_steps,
+    expected_loss,
+    is_correction_due,
+    parse_duration,
+    plan,
+    vocab_size,
+)
+
+CPU = Machine("cpu", {torch.float32: 2e11, torch.bfloat16: 8e11}, memory_bytes=16 << 30)
+
+
+def timer(share=0.3, rates=CPU.matmul_flops, floor_s=0.002):
+    """A machine that reaches this share of its matrix rate, and no step under floor_s."""
+
+    def step_s(model, batch, dtype):
+        hidden = model.num_layers * 12 * model.d_model**2
+        flops = 6 * (hidden + model.vocab_size * model.d_model) * batch.tokens
+        return max(floor_s, flops / (share * rates[dtype]))
+
+    return step_s
+
+
+def corpus_of(num_bytes):
+    vocab = vocab_size(num_bytes)
+    return Corpus(num_tokens=int(num_bytes / (1.2 + 0.19 * math.log2(vocab))), num_bytes=num_bytes, vocab_size=vocab)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("10m", 600), ("10 min", 600), ("1.5h", 5400), ("1h30m", 5400), ("1h 30m", 5400), (" 2M ", 120)],
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "m", "ten minutes", "10x", "1h30", "-5m", "5m!", "nan s", "1e3s", "1.5.2h"])
+def test_what_is_no_duration_is_refused_with_the_value(text):
+    with pytest.raises(UserError) as refusal:
+        parse_duration(text)
+    assert repr(text) in str(refusal.value) and "90s, 10m or 1.5h" in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["0s", "1s", "0.1m"])
+def test_a_budget_too_short_is_refused(text):
+    with pytest.raises(UserError, match="too short.*at least 20s"):
+        parse_duration(text)
+
+
+def test_the_vocabulary_grows_with_the_text():
+    sizes = [vocab_size(int(10**exponent)) for exponent in range(3, 13)]
+    assert sizes == sorted(sizes) and sizes[0] == 512 and sizes[-1] == 32768
+
+
+SWEEP = [
+    *itertools.product((20.0, 300.0, 3600.0), (50_000, 1_000_000, 12_000_000, 1_000_000_000), (2e10, 8e11)),
+    (86400.0, 10_000_000_000, 4e14),
+]
+
+
+@pytest.mark.parametrize(("left_s", "num_bytes", "flops"), SWEEP)
+def test_a_plan_fits_time_and_memory(left_s, num_bytes, flops):
+    device = "cuda" if flops > 1e13 else "cpu"
+    machine = Machine(device, {torch.float32: flops / 4, torch.bfloat16: flops}, memory_bytes=16 << 30)
+    step_timer = timer(rates=machine.matmul_flops)
+    corpus = corpus_of(num_bytes)
+    chosen = plan(left_s, corpus, machine, step_timer)
+    step_s = step_timer(chosen.model, chosen.batch, chosen.dtype)
+    # A third of a training step's work is an evaluation's.
+    evaluations_s = 10 * chosen.eval_tokens / chosen.batch.tokens * step_s / 3
+    train_s = chosen.steps * step_s
+    assert chosen.dtype == torch.bfloat16
+    assert train_s + chosen.reserve_s <= 1.01 * left_s
+    assert train_s + evaluations_s + chosen.reserve_s >= 0.9 * left_s or chosen.steps == 1
+    assert budget._memory_bytes(chosen.model, chosen.batch.seq_len, chosen.batch.micro_batch_size, chosen.dtype) <= 8 << 30
+    assert chosen.batch.global_batch_size % chosen.batch.micro_batch_size == 0
+    assert chosen.model.vocab_size == corpus.vocab_size
+    assert 1 <= chosen.eval_every <= chosen.steps
+    assert 2 <= len(chosen.candidates) <= 6
+
+
+def test_no_neighbour_size_is_expected_to_be_better():
+    chosen = plan(300.0, corpus_of(12_000_000), CPU, timer())
+    best = min(chosen.candidates, key=lambda one: one.expected_loss)
+    assert best.model == chosen.model
+    index = budget._SIZES.index((chosen.model.d_model, chosen.model.num_layers))
+    timed = {(one.model.d_model, one.model.num_layers) for one in chosen.candidates}
+    assert {budget._SIZES[index - 1], budget._SIZES[index + 1]} <= timed
+
+
+def test_more_time_or_speed_gives_a_larger_model_and_batch():
+    corpus = corpus_of(1_000_000_000)
+    plans = [plan(seconds, corpus, CPU, timer()) for seconds in (30.0, 300.0, 3000.0, 30000.0)]
+    sizes = [one.model.num_layers * one.model.d_model**2 for one in plans]
+    batches = [one.batch.tokens for one in plans]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+    assert batches == sorted(batches) and batches[0] < batches[-1]
+    assert [one.optimizer.muon_lr for one in plans] == sorted((one.optimizer.muon_lr for one in plans), reverse=True)
+
+
+def test_sizes_that_run_badly_are_avoided():
+    """The achieved share differs by size: what counts is the time measured, not the FLOPs."""
+    even = plan(300.0, corpus_of(12_000_000), CPU, timer())
+
+    def step_s(model, batch, dtype):
+        slow = 8.0 if model.d_model >= even.model.d_model else 1.0
+        return slow * timer()(model, batch, dtype)
+
+    uneven = plan(300.0, corpus_of(12_000_000), CPU, step_s)
+    assert uneven.model.d_model < even.model.d_model
+
+
+def test_the_faster_compute_type_is_taken():
+    emulated = Machine("cpu", {torch.float32: 2e11, torch.bfloat16: 2e10}, memory_bytes=16 << 30)
+    chosen = plan(300.0, corpus_of(12_000_000), emulated, timer(rates=emulated.matmul_flops))
+    assert chosen.dtype == torch.float32 and "computes in float32" in chosen.explanation[1]
+
+
+def test_little_memory_gives_small_micro_batches():
+    small = dataclasses.replace(CPU, memory_bytes=300 << 20)
+    corpus = corpus_of(1_000_000_000)
+    roomy, tight = (plan(3000.0, corpus, machine, timer()) for machine in (CPU, small))
+    assert tight.batch.micro_batch_size < roomy.batch.micro_batch_size
+    assert tight.batch.global_batch_size == roomy.batch.global_batch_size
+
+
+def test_many_passes_over_a_small_corpus_bring_dropout():
+    few = plan(60.0, corpus_of(100_000_000), CPU, timer())
+    many = plan(600.0, corpus_of(300_000), CPU, timer())
+    assert few.model.dropout == 0.0 and many.model.dropout > 0.0
+    assert "no dropout" in " ".join(few.explanation) and "dropout of 0.2" in " ".join(many.explanation)
+
+
+def test_a_repeated_pass_is_worth_less_than_new_text():
+    new, repeated = expected_loss(10**6, 40e6, 40_000_000), expected_loss(10**6, 40e6, 2_000_000)
+    once = expected_loss(10**6, 2e6, 2_000_000)
+    assert new < repeated < once
+
+
+def test_the_explanation_names_what_was_chosen():
+    chosen = plan(300.0, corpus_of(12_000_000), CPU, timer())
+    text = " ".join(chosen.explanation)
+    for fact in ("12.0 MB", "4,096", "800 GFLOP/s in bfloat16", f"{chosen.model.num_layers} layers of width",
+                 f"{chosen.steps:,} steps", "passes over the text"):  # fmt: skip
+        assert fact in text
+
+
+def run_to_the_end(budget_s, planned_step_s, step_s):
+    """Steps as a trainer would take them, the number corrected at its moments; returns the time it took."""
+    steps, step, now, marked_step, marked_at = int(budget_s / planned_step_s), 0, 0.0, 0, 0.0
+    while step < steps:
+        step += 1
+        now += step_s(now)
+        if is_correction_due(step, steps):
+            steps = corrected_steps(step, (now - marked_at) / (step - marked_step), budget_s - now)
+            marked_step, marked_at = step, now
+    return now
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.0, 1.3, 3.0])
+def test_a_wrong_plan_still_ends_on_time(factor):
+    took = run_to_the_end(240.0, planned_step_s=0.2, step_s=lambda now: 0.2 * factor)
+    assert took == pytest.approx(240.0, rel=0.01)
+
+
+@pytest.mark.parametrize("change_at", [10.0, 60.0, 130.0, 200.0])
+@pytest.mark.parametrize("factor", [0.6, 1.6])
+def test_a_pace_that_changes_on_the_way_still_ends_on_time(change_at, factor):
+    took = run_to_the_end(240.0, planned_step_s=0.2, step_s=lambda now: 0.2 * (factor if now > change_at else 1.0))
+    assert took == pytest.approx(240.0, rel=0.1)
+
+
+def test_without_corrections_the_same_run_is_late(monkeypatch):
+    """The control: the corrections are what keeps the time."""
+    monkeypatch.setattr(budget, "_CORRECTIONS", ())
+    took = run_to_the_end(240.0, planned_step_s=0.2, step_s=lambda now: 0.2 * (1.6 if now > 60.0 else 1.0))
+    assert took > 1.3 * 240.0
