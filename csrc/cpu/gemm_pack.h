@@ -19,18 +19,20 @@ struct Operand {
   int64_t P, K;
 };
 
-template <class V>
-WARPLOOM_INLINE void transpose(V (&block)[kLanes<V>]) {
-  V turned[kLanes<V>];
-  for (int i = 0; i < kLanes<V>; ++i) {
-    for (int j = 0; j < kLanes<V>; ++j) turned[i][j] = block[j][i];
+template <class V, int kSide>
+WARPLOOM_INLINE void transpose(V (&block)[kSide]) {
+  V turned[kSide];
+  for (int i = 0; i < kSide; ++i) {
+    for (int j = 0; j < kSide; ++j) turned[i][j] = block[j][i];
   }
-  for (int i = 0; i < kLanes<V>; ++i) block[i] = turned[i];
+  for (int i = 0; i < kSide; ++i) block[i] = turned[i];
 }
 
 #if defined(WARPLOOM_HAS_AVX512)
 
-WARPLOOM_INLINE void transpose(Ints (&block)[16]) {
+// Of 32-bit cells.
+template <class V>
+WARPLOOM_INLINE void transpose(V (&block)[16]) {
   __m512i pairs[16], quads[16];
   for (int i = 0; i < 16; i += 2) {
     const __m512i a = (__m512i)block[i], b = (__m512i)block[i + 1];
@@ -49,14 +51,12 @@ WARPLOOM_INLINE void transpose(Ints (&block)[16]) {
     const __m512i low13 = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0xdd);
     const __m512i high02 = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0x88);
     const __m512i high13 = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0xdd);
-    block[j] = (Ints)_mm512_shuffle_i32x4(low02, high02, 0x88);
-    block[8 + j] = (Ints)_mm512_shuffle_i32x4(low02, high02, 0xdd);
-    block[4 + j] = (Ints)_mm512_shuffle_i32x4(low13, high13, 0x88);
-    block[12 + j] = (Ints)_mm512_shuffle_i32x4(low13, high13, 0xdd);
+    block[j] = (V)_mm512_shuffle_i32x4(low02, high02, 0x88);
+    block[8 + j] = (V)_mm512_shuffle_i32x4(low02, high02, 0xdd);
+    block[4 + j] = (V)_mm512_shuffle_i32x4(low13, high13, 0x88);
+    block[12 + j] = (V)_mm512_shuffle_i32x4(low13, high13, 0xdd);
   }
 }
-
-WARPLOOM_INLINE void transpose(Floats (&block)[16]) { transpose(reinterpret_cast<Ints(&)[16]>(block)); }
 
 #endif
 

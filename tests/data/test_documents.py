@@ -189,9 +189,9 @@ def test_a_damaged_compressed_file_is_named(tmp_path, ending, damage):
 @compressed
 @pytest.mark.parametrize("content", ["one line", "empty lines"])
 def test_a_bomb_is_stopped_while_it_streams(tmp_path, monkeypatch, ending, content):
-    monkeypatch.setattr(documents, "EXPANSION_FLOOR_BYTES", 1 << 20)
+    monkeypatch.setattr(documents, "EXPANSION_FLOOR_BYTES", 1 << 18)
     monkeypatch.setattr(documents, "MAX_EXPANSION", 100)
-    bomb = COMPRESS[ending]((b"a" if content == "one line" else b"\n") * (32 << 20))
+    bomb = COMPRESS[ending]((b"a" if content == "one line" else b"\n") * (2 << 20))
     (tmp_path / f"a{ending}").write_bytes(bomb)
     with pytest.raises(UserError, match=rf"a{ending} unfolds to more than \d+ bytes, over 100 times its size"):
         texts(tmp_path)

@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,14 +14,14 @@ from warploom.data.survey import survey as make_survey
 
 def long_text(seed, paragraphs):
     rng = random.Random(seed)
-    return "\n\n".join(" ".join(f"w{rng.randrange(1000)}" for _ in range(rng.randrange(1, 200))) for _ in range(paragraphs))
+    return "\n\n".join(
+        " ".join(f"w{rng.randrange(1000)}" for _ in range(rng.randrange(1, 200))) for _ in range(paragraphs)
+    )
 
 
 @given(st.text(st.sampled_from("ab \n"), max_size=400), st.integers(1, 40))
 def test_blocks_join_to_the_text_and_keep_to_their_size(text, size):
-    from pytest import MonkeyPatch
-
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heldout, "BLOCK_CHARS", size)
         cut = list(blocks(text))
     assert "".join(cut) == text

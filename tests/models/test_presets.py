@@ -55,9 +55,13 @@ def test_transformer_base_is_the_papers_up_to_its_vocabulary():
     rows of 512 rather than the "about 37000" of its text."""
     base = preset("transformer-base")
     assert on_meta(base).num_parameters() == 63_082_496
-    counts = {L: on_meta(dataclasses.replace(base, num_layers=L, vocab_size=41000)).num_parameters() for L in (2, 4, 6, 8)}
+    counts = {
+        L: on_meta(dataclasses.replace(base, num_layers=L, vocab_size=41000)).num_parameters() for L in (2, 4, 6, 8)
+    }
     paper = {2: 36e6, 4: 50e6, 6: 65e6, 8: 80e6}
-    assert {L: round(count / 1e6) for L, count in counts.items()} == {L: round(count / 1e6) for L, count in paper.items()}
+    assert {L: round(count / 1e6) for L, count in counts.items()} == {
+        L: round(count / 1e6) for L, count in paper.items()
+    }
 
 
 def test_falcon_checkpoints_store_the_output_matrix():

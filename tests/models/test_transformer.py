@@ -68,7 +68,10 @@ def inputs(model: Transformer, B: int = 2, S: int = 5) -> dict:
     return {"source": tokens(B, S, seed=2)} if model.encoder is not None else {}
 
 
-@pytest.mark.parametrize("fields", pairwise(), ids=lambda fields: "-".join(str(value) for value in fields.values()))
+VARIANTS = pairwise()
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=lambda fields: "-".join(str(value) for value in fields.values()))
 def test_every_parameter_of_every_variant_trains(fields):
     model = build(dtype=torch.float32, **fields)
     x = tokens(2, 9)
@@ -82,8 +85,10 @@ def test_every_parameter_of_every_variant_trains(fields):
 
 
 def test_pairwise_covers_the_positions_of_every_architecture():
-    met = {(fields["architecture"], fields["position"]) for fields in pairwise()}
+    met = {(fields["architecture"], fields["position"]) for fields in VARIANTS}
     assert met == set(itertools.product(FACTORS["architecture"], POSITIONS))
+    parallel = {fields["parallel_norms"] for fields in VARIANTS if fields["parallel_block"]}
+    assert parallel == {1, 2}
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -204,7 +209,7 @@ def test_gradient_checkpointing_is_bitwise_equal(architecture):
         model.zero_grad()
         torch.manual_seed(5)
         calls = []
-        handle = model.stack.blocks[1].register_forward_hook(lambda *args: calls.append(1))
+        handle = model.stack.blocks[1].register_forward_pre_hook(lambda *args: calls.append(1))
         model.loss(x[:, :-1], x[:, 1:], **inputs(model, B=3)).backward()
         handle.remove()
         return [p.grad.clone() for p in model.parameters()], len(calls)
@@ -223,7 +228,9 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize("fields", [{}, {"norm": "rms_norm", "activation": "swiglu"}, {"position": "t5"}, {"norm_position": "post"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"norm": "rms_norm", "activation": "swiglu"}, {"position": "t5"}, {"norm_position": "post"}]
+)
 def test_bfloat16_is_near_float32(fields):
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(**{**TINY, "d_model": 64, "d_ff": 128, **fields}))
@@ -241,7 +248,8 @@ def test_bfloat16_is_near_float32(fields):
     torch.testing.assert_close(low, full, atol=5e-3, rtol=0)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert parameter.dtype == parameter.grad.dtype == torch.float32
-        assert (parameter.grad - gradient).norm() <= 0.05 * gradient.norm() + 1e-4
+        # Rounding flips the sign of half a percent of the ReLU's inputs: that alone moves gradients by sqrt(0.005).
+        assert (parameter.grad - gradient).norm() <= 0.1 * gradient.norm() + 1e-4
 
 
 def test_loss_is_the_cross_entropy_of_the_logits():
@@ -256,9 +264,14 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 
 def test_initial_weights():
     config = TransformerConfig(
-        **{**TINY, "d_model": 128, "num_layers": 3}, architecture="encoder-decoder", num_encoder_layers=2,
-        bias=True, position="t5", init_std=0.1, tie_embeddings=False,
-    )  # fmt: skip
+        **{**TINY, "d_model": 128, "num_layers": 3},
+        architecture="encoder-decoder",
+        num_encoder_layers=2,
+        bias=True,
+        position="t5",
+        init_std=0.1,
+        tie_embeddings=False,
+    )
     model = Transformer(config)
     model.init_weights(torch.Generator().manual_seed(0))
     state = model.state_dict()
@@ -295,11 +308,17 @@ def test_tied_weights_are_one():
 
 
 def test_state_dict_names():
-    model = build(architecture="encoder-decoder", position="learned", activation="swiglu", source_vocab_size=5, num_layers=1)
+    model = build(
+        architecture="encoder-decoder", position="learned", activation="swiglu", source_vocab_size=5, num_layers=1
+    )
     block = [f"{part}.weight" for part in ("attention_norm", *(f"attention.{x}_proj" for x in "qkvo"))]
     block += [f"feed_forward.{part}_proj.weight" for part in ("gate", "up", "down")] + ["feed_forward_norm.weight"]
     block += ["attention_norm.bias", "feed_forward_norm.bias"]
-    cross = ["cross_attention_norm.weight", "cross_attention_norm.bias", *(f"cross_attention.{x}_proj.weight" for x in "qkvo")]
+    cross = [
+        "cross_attention_norm.weight",
+        "cross_attention_norm.bias",
+        *(f"cross_attention.{x}_proj.weight" for x in "qkvo"),
+    ]
     ends = ["position.table.weight", "norm.weight", "norm.bias"]
     expected = ["embedding.weight", "source_embedding.weight"]
     expected += [f"encoder.{name}" for name in ends] + [f"encoder.blocks.0.{name}" for name in block]

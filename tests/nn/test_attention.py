@@ -6,7 +6,9 @@ from warploom.nn import AttentionContext, CrossAttention, SelfAttention
 
 
 def context(T, **changes):
-    return AttentionContext(**{"positions": torch.arange(T), "rotate": lambda x, positions: x, "causal": True, **changes})
+    return AttentionContext(
+        **{"positions": torch.arange(T), "rotate": lambda x, positions: x, "causal": True, **changes}
+    )
 
 
 def plain_attention(module, x, y, head_dim, **arguments):

@@ -2,43 +2,20 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tests.train.toy import ToyData, counting, toy_model
+from tests.train.toy import Log, ToyData, counting, toy_config, toy_model
 
+from warploom.checkpoint import list_checkpoints, load_checkpoint
+from warploom.errors import UserError
 from warploom.train.trainer import Trainer
 
-HERE = Path(__file__).parent
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
-
-
-class Log:
-    """A monitor that keeps what it is told."""
-
-    def __init__(self):
-        self.steps, self.evaluations, self.messages, self.results, self.is_closed = [], [], [], [], False
-
-    def start(self, info):
-        self.info = info
-
-    def step(self, record):
-        self.steps.append(record)
-
-    def evaluation(self, record):
-        self.evaluations.append(record)
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def finish(self, result):
-        self.results.append(result)
-
-    def close(self):
-        self.is_closed = True
 
 
 def fit(config, data=None, monitor=None):
@@ -50,28 +27,140 @@ def bytes_of(checkpoint):
     return {name: (checkpoint / name).read_bytes() for name in STATE_FILES}
 
 
-def run_script(*arguments):
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    command = [sys.executable, str(HERE / "killed_run.py"), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+RUNS = {"adamw": ("adamw", "bf16"), "muon": ("muon", "fp32")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokens):
+    """Each run in one go and with kills, and what the other tests need, by name: folder and ends of the attempts."""
+    folder = tmp_path_factory.mktemp("runs")
+    jobs = {}
+    for name, (optimizer, dtype) in RUNS.items():
+        settings = {"steps": 16, "save_every": 2, "eval_every": 4, "dtype": dtype, "optimizer": {"name": optimizer}}
+        for kind, kills in (("one go", 0), ("killed", 8), ("forgetful", 2)):
+            jobs[name, kind] = {"settings": settings, "kills": kills, "flag": kind}
+    del jobs["muon", "forgetful"]
+    jobs["two signals"] = {"settings": {"steps": 4}, "kills": 0, "flag": "two signals"}
+    for number, job in enumerate(jobs.values()):
+        job |= {"seed": 5, "tokens": str(tokens), "out_dir": str(folder / str(number))}
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    command = [sys.executable, str(Path(__file__).with_name("killed_run.py")), json.dumps(list(jobs.values()))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    ends = json.loads(done.stdout.splitlines()[-1])
+    return {key: (Path(job["out_dir"]), end) for (key, job), end in zip(jobs.items(), ends, strict=True)}
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("adamw", "bf16"), ("muon", "fp32")])
-def test_a_run_killed_many_times_ends_with_the_same_bits(tmp_path, tokens, name, dtype):
-    kills = 8
-    settings = {"steps": 16, "save_every": 2, "eval_every": 4, "dtype": dtype, "optimizer": {"name": name}}
-    one_go = run_script(tmp_path / "one", tokens, json.dumps(settings), 0, 0)
-    killed = run_script(tmp_path / "killed", tokens, json.dumps(settings), kills, 5)
-    assert [end["exit"] for end in one_go] == [0]
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_killed_many_times_ends_with_the_same_bits(runs, name):
+    (one, one_ends), (killed, ends) = runs[name, "one go"], runs[name, "killed"]
+    assert [end["exit"] for end in one_ends] == [0]
     # The faults fired: SIGKILL ended every attempt but the last, and some of them in the middle of a save.
-    assert len(killed) >= 4 and all(end["signal"] == signal.SIGKILL for end in killed[:-1])
-    assert sum(end["in_save"] for end in killed) >= 2
-    assert bytes_of(tmp_path / "killed/step-00000016") == bytes_of(tmp_path / "one/step-00000016")
+    assert len(ends) >= 4 and ends[-1]["exit"] == 0 and {end["exit"] for end in ends[:-1]} == {-signal.SIGKILL}
+    assert sum(end["in_save"] for end in ends) >= 2
+    assert bytes_of(killed / "step-00000016") == bytes_of(one / "step-00000016")
 
-    # Control: the comparison sees a random state that is not restored.
-    forgetful = run_script(tmp_path / "forgetful", tokens, json.dumps(settings), kills, 5, "--forget-rng")
-    assert len(forgetful) > 1
-    different, same = (bytes_of(tmp_path / run / "step-00000016") for run in ("forgetful", "one"))
-    assert different["model.safetensors"] != same["model.safetensors"]
+
+def test_the_comparison_sees_a_random_state_that_is_not_restored(runs):
+    (one, _), (forgetful, ends) = runs["adamw", "one go"], runs["adamw", "forgetful"]
+    assert len(ends) > 1 and ends[-1]["exit"] == 0
+    assert (
+        bytes_of(forgetful / "step-00000016")["model.safetensors"]
+        != bytes_of(one / "step-00000016")["model.safetensors"]
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_goes_on_bit_for_bit(tmp_path, number):
+    config = toy_config(tmp_path / "stopped", steps=12, save_every=100, eval_every=5)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    log = Log()
+    log.step = lambda record: os.kill(os.getpid(), number) if record.step == 7 else None
+    stopped, _ = fit(config, monitor=log)
+    assert (stopped.steps, stopped.stop_signal) == (7, number)
+    assert stopped.stopped_because == f"{number.name} received"
+    assert stopped.checkpoint == list_checkpoints(config.train.out_dir)[0] == config.train.out_dir / "step-00000007"
+    assert log.results == [stopped] and log.is_closed
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+    resumed, _ = fit(config)
+    straight, _ = fit(toy_config(tmp_path / "straight", steps=12, save_every=100, eval_every=5))
+    assert (resumed.steps, resumed.stop_signal) == (12, None) and resumed.heldout_loss == straight.heldout_loss
+    assert bytes_of(resumed.checkpoint) == bytes_of(straight.checkpoint)
+
+
+def test_a_signal_during_an_evaluation_repeats_it_after_resuming(tmp_path):
+    class Interrupting(ToyData):
+        def heldout_batches(self, micro_batch_size):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().heldout_batches(micro_batch_size)
+
+    config = toy_config(tmp_path, steps=12, eval_every=6)
+    stopped, trainer = fit(config, data=Interrupting(counting))
+    assert stopped.steps == 6 and trainer.progress.curve == [] and stopped.stop_signal == signal.SIGTERM
+    resumed, trainer = fit(config)
+    assert [record["step"] for record in trainer.progress.curve] == [6, 12]
+    straight, _ = fit(toy_config(tmp_path / "straight", steps=12, eval_every=6))
+    assert bytes_of(resumed.checkpoint) == bytes_of(straight.checkpoint)
+
+
+def test_a_second_signal_kills_at_once(runs):
+    folder, ends = runs["two signals"]
+    assert [end["exit"] for end in ends] == [-signal.SIGTERM]
+    assert list_checkpoints(folder) == []  # the first signal's checkpoint was not waited for
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message(tmp_path):
+    config = toy_config(tmp_path / "run", steps=12, save_every=4, keep_last=3, keep_best=0)
+    straight, _ = fit(config)
+    expected = bytes_of(straight.checkpoint)
+    weights = straight.checkpoint / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-9] ^= 0x10
+    weights.write_bytes(damaged)
+    log = Log()
+    resumed, _ = fit(config, monitor=log)
+    assert log.info.start_step == 8
+    assert re.search(r"step-00000012 is damaged: model.safetensors: tensor '.+' does not match", log.messages[0])
+    assert "Going on from step 8" in log.messages[1]
+    assert bytes_of(resumed.checkpoint) == expected
+
+    # Control: with nothing damaged the finished run is only opened.
+    log = Log()
+    assert fit(config, monitor=log)[0].steps == 12
+    assert log.steps == [] and "Going on from step 12" in log.messages[0]
+
+
+def test_another_run_in_the_folder_is_refused_with_the_settings_that_differ(tmp_path):
+    fit(toy_config(tmp_path, steps=2))
+    with pytest.raises(UserError, match="model.d_model: 32 in the checkpoint, 64 now"):
+        fit(toy_config(tmp_path, steps=2, model={"d_model": 64}))
+    with pytest.raises(UserError, match="optimizer.name: 'adamw' in the checkpoint, 'muon' now"):
+        fit(toy_config(tmp_path, steps=2, optimizer={"name": "muon"}))
+    with pytest.raises(UserError, match="already holds step-00000002.*'never'"):
+        fit(toy_config(tmp_path, steps=2, resume="never"))
+
+
+def test_changed_settings_that_may_change_are_said_and_win(tmp_path):
+    fit(toy_config(tmp_path, steps=4))
+    log = Log()
+    changed = toy_config(tmp_path, steps=6, optimizer={"lr": 1e-4}, schedule={"kind": "constant", "warmup_steps": 0})
+    result, _ = fit(changed, monitor=log)
+    assert result.steps == 6 and [record.lr for record in log.steps] == [1e-4, 1e-4]
+    assert "Changed since then: optimizer.lr: 0.003 in the checkpoint, 0.0001 now." in log.messages
+    assert "Changed since then: train.steps: 4 in the checkpoint, 6 now." in log.messages
+
+
+def test_a_run_can_go_on_from_a_named_checkpoint_of_another_folder(tmp_path):
+    first, _ = fit(toy_config(tmp_path / "first", steps=4))
+    log = Log()
+    onward, _ = fit(toy_config(tmp_path / "second", steps=6, resume=str(first.checkpoint)), monitor=log)
+    assert log.info.start_step == 4 and onward.checkpoint == tmp_path / "second/step-00000006"
+    with pytest.raises(UserError, match="no checkpoint at .*nowhere"):
+        fit(toy_config(tmp_path / "third", resume=str(tmp_path / "nowhere")))
+
+
+def test_the_tokenizer_lies_in_the_checkpoint(runs, tokens):
+    state = load_checkpoint(runs["muon", "one go"][0] / "step-00000016")
+    assert state.tokenizer == (tokens / "tokenizer.json").read_bytes()
+    assert state.meta["loader"]["epoch"] >= 0 and state.step == 16

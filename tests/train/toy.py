@@ -91,3 +91,28 @@ def toy_config(out_dir, *, model=None, optimizer=None, schedule=None, vocab_size
 def toy_model(config, seed=0):
     torch.manual_seed(seed)
     return Transformer(config.model)
+
+
+class Log:
+    """A monitor that keeps what it is told."""
+
+    def __init__(self):
+        self.steps, self.evaluations, self.messages, self.results, self.is_closed = [], [], [], [], False
+
+    def start(self, info):
+        self.info = info
+
+    def step(self, record):
+        self.steps.append(record)
+
+    def evaluation(self, record):
+        self.evaluations.append(record)
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def finish(self, result):
+        self.results.append(result)
+
+    def close(self):
+        self.is_closed = True

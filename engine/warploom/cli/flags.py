@@ -41,20 +41,21 @@ def parse(command: type[CommandT], prog: str, argv: Sequence[str]) -> CommandT:
         name = _last_value([*flags, *argv], "--preset")
         if name is not None:
             flags = [*as_flags(expand(name)), *flags]
-    return tyro.cli(command, prog=prog, args=[*flags, *argv], config=(tyro.conf.FlagConversionOff,))
+    return tyro.cli(command, prog=prog, args=[*flags, *argv])
 
 
 def as_flags(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Rewrite nested values as flags: {"model": {"d_model": 64}} gives --model.d-model 64."""
+    """Rewrite nested values as flags: {"model": {"d_model": 64, "bias": False}} gives --model.d-model 64
+    --model.no-bias."""
     for name, value in values.items():
+        flag = name.replace("_", "-")
         if isinstance(value, Mapping):
-            yield from as_flags(value, f"{prefix}{name}.")
-            continue
-        yield "--" + f"{prefix}{name}".replace("_", "-")
-        if isinstance(value, (list, tuple)):
-            yield from map(str, value)
+            yield from as_flags(value, f"{prefix}{flag}.")
+        elif isinstance(value, bool):
+            yield f"--{prefix}{flag}" if value else f"--{prefix}no-{flag}"
         else:
-            yield str(value)
+            yield f"--{prefix}{flag}"
+            yield from map(str, value) if isinstance(value, (list, tuple)) else (str(value),)
 
 
 def _last_value(argv: Sequence[str], flag: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -15,6 +15,7 @@ from warploom.generate.beam import beam_search
 from warploom.generate.distribution import SamplingConfig
 from warploom.generate.sampler import generate, pad_right
 from warploom.train.load_model import LoadedModel, load_model
+from warploom.train.trainer import choose_device
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Command:
     """Texts to continue, or, for an encoder-decoder, to translate; the empty text begins a document."""
     num_beams: int = 0
     """encoder-decoder: beam search of this width instead of sampling; 0 samples."""
-    device: str = "cpu"
-    """Where to compute: cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
@@ -36,9 +37,9 @@ class Command:
     def run(self) -> None:
         if self.threads:
             torch.set_num_threads(self.threads)
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"device is {self.device!r}, but PyTorch finds no CUDA device here; give cpu")
-        loaded = load_model(self.checkpoint, device=self.device, on_skip=lambda text: print(text, file=sys.stderr))
+        loaded = load_model(
+            self.checkpoint, device=choose_device(self.device), on_skip=lambda text: print(text, file=sys.stderr)
+        )
         if loaded.tokenizer is None:
             raise UserError(f"{loaded.path} holds no tokenizer, so it cannot read or write text")
         if self.num_beams:
@@ -83,7 +84,7 @@ class Command:
             )
         tokenizer = loaded.tokenizer
         assert tokenizer is not None
-        device = torch.device(self.device)
+        device = next(loaded.model.parameters()).device
         source, lengths = pad_right([[*tokenizer.encode(text), tokenizer.eos_id] for text in self.prompt], device)
         found = beam_search(
             loaded.model,
