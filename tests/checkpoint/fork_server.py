@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-
 from tests.checkpoint.states import digest, make_state
+
 from warploom.checkpoint import format as fmt
 from warploom.checkpoint import save
 from warploom.checkpoint.load import latest_checkpoint, load_checkpoint, verify_checkpoint

@@ -1,4 +1,4 @@
-"""Damaged, incomplete, foreign and hostile checkpoints: each is refused with the file and tensor named, none executed."""
+"""Damaged, incomplete, foreign and hostile checkpoints: each is refused, file and tensor named, none executed."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import struct
 import pytest
 import safetensors.torch
 import torch
-
 from tests.checkpoint.states import digest, make_state
+
 from warploom.checkpoint import format as fmt
 from warploom.checkpoint import load
 from warploom.checkpoint.format import CheckpointDamaged, CheckpointTooNew
@@ -102,7 +102,7 @@ def test_without_the_files_checksums_the_flip_test_fails(checkpoint, region, mon
     assert undetected_flips(checkpoint, region, 100, seed=3) != []
 
 
-def test_without_the_manifest_s_checksum_the_flip_test_fails(checkpoint, monkeypatch):
+def test_without_the_manifest_checksum_the_flip_test_fails(checkpoint, monkeypatch):
     digest_line = (checkpoint / fmt.MANIFEST_DIGEST).read_bytes()
     monkeypatch.setattr(fmt, "manifest_digest_line", lambda data: digest_line)
     assert undetected_flips(checkpoint, "json", 300, seed=3) != []

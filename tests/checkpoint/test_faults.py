@@ -1,12 +1,13 @@
-"""A file system that refuses: every call fails once, by every error; the old checkpoint stays and the save says why."""
+"""A file system that refuses: each call fails once, by each error; the old checkpoint stays, the save says why."""
 
 import errno
+import itertools
 import os
 import re
 
 import pytest
-
 from tests.checkpoint.states import digest, make_state
+
 from warploom.checkpoint import save
 from warploom.checkpoint.format import list_checkpoints
 from warploom.checkpoint.load import load_checkpoint
@@ -18,6 +19,7 @@ class Faults:
 
     def __init__(self, monkeypatch):
         self.calls, self.fired, self.failing = 0, 0, {}
+        monkeypatch.setattr(save, "_fsync", lambda fd: None)  # nothing here loses power
         for target, name in ((save, "_write"), (save, "_fsync"), (save, "_rename"), (os, "mkdir")):
             monkeypatch.setattr(target, name, self._wrap(getattr(target, name)))
 
@@ -61,11 +63,11 @@ def states_in(run_dir):
     return [digest(load_checkpoint(path)) for path in list_checkpoints(run_dir)]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_every_call_refused(scene, faults, code):
+def test_every_call_refused(scene, faults):
     run_dir, old, new, num_calls = scene
     assert num_calls > 20
-    for number in range(1, num_calls + 1):
+    codes = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES]
+    for number, code in itertools.product(range(1, num_calls + 1), codes):
         faults.arm({number: code})
         with pytest.raises(SaveFailed) as caught:
             save_checkpoint(run_dir, new)
@@ -136,12 +138,12 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     assert digest(load_checkpoint(path)) == digest(state)
 
 
-@pytest.mark.parametrize("limit", [1, 4096, 100_000])
+@pytest.mark.parametrize("limit", [1, 4096, 50_000])
 def test_file_size_limit(in_forks, limit):
     result = in_forks("save_under_file_size_limit", limit=limit)
     assert re.search(
-        rf"step 2 could not be saved in {result['run_dir']}: File too large \(EFBIG\), it needs [\d,]+ bytes and [\d,]+ "
-        r"are free; step-00000001 is kept",
+        rf"step 2 could not be saved in {result['run_dir']}: File too large \(EFBIG\), "
+        r"it needs [\d,]+ bytes and [\d,]+ are free; step-00000001 is kept",
         result["message"],
     )
     assert result["names"] == ["step-00000001"]

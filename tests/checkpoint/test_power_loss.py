@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from tests.checkpoint.states import digest, make_state
+
 from warploom.checkpoint import format as fmt
 from warploom.checkpoint import save
 from warploom.checkpoint.format import list_checkpoints
@@ -164,7 +164,7 @@ def write_survivors(node, path, draw):
 def crash_outcomes(tmp_path, monkeypatch):
     """Return a function: save (same step or next), crash in num_states ways, count what is found afterwards."""
 
-    def run(same_step, num_states, plant=lambda: None):
+    def run(same_step, num_states, plant=lambda patch: None):
         run_dir = tmp_path / "run"
         old, new = make_state(1, width=6), make_state(2, width=6)
         save_checkpoint(run_dir, old)
@@ -214,25 +214,6 @@ def test_power_loss_leaves_old_or_new(crash_outcomes, same_step):
     assert {outcome for moment, outcome in outcomes if moment == "in"} == {"old", "new"}
 
 
-PLANTED_BUGS = {
-    "files are not fsynced": lambda patch: patch.setattr(
-        save, "_fsync", lambda fd, real=save._fsync: real(fd) if os.path.isdir(f"/proc/self/fd/{fd}") else None
-    ),
-    "folders are not fsynced": lambda patch: patch.setattr(save, "_fsync_folder", lambda folder: None),
-    "the checkpoint's folder is not fsynced": lambda patch: patch.setattr(
-        save,
-        "_fsync_folder",
-        lambda folder, real=save._fsync_folder: None if folder.name.startswith(".tmp") else real(folder),
-    ),
-    "the run folder is not fsynced": lambda patch: patch.setattr(
-        save,
-        "_fsync_folder",
-        lambda folder, real=save._fsync_folder: real(folder) if folder.name.startswith(".tmp") else None,
-    ),
-    "renamed before it is written": lambda patch: patch.setattr(save, "_save", rename_then_write),
-}
-
-
 def rename_then_write(run_dir, state):
     final = run_dir / fmt.folder_name(state.step)
     temporary = run_dir / ".tmp-step-00000002-1"
@@ -244,11 +225,26 @@ def rename_then_write(run_dir, state):
     return final
 
 
+def drop_fsync_of(is_dropped):
+    def plant(patch):
+        recording = save._fsync
+        patch.setattr(
+            save, "_fsync", lambda fd: None if is_dropped(os.readlink(f"/proc/self/fd/{fd}")) else recording(fd)
+        )
+
+    return plant
+
+
+PLANTED_BUGS = {
+    "files are not fsynced": drop_fsync_of(os.path.isfile),
+    "no folder is fsynced": drop_fsync_of(os.path.isdir),
+    "the checkpoint's folder is not fsynced": drop_fsync_of(lambda path: ".tmp-" in path and os.path.isdir(path)),
+    "the run folder is not fsynced": drop_fsync_of(lambda path: path.endswith("/run")),
+    "renamed before it is written": lambda patch: patch.setattr(save, "_save", rename_then_write),
+}
+
+
 @pytest.mark.parametrize("bug", PLANTED_BUGS)
 def test_planted_bugs_are_found(crash_outcomes, bug):
-    def plant(patch):
-        # The recorder's fsync is in place already, so what a bug wraps is the recording one.
-        PLANTED_BUGS[bug](patch)
-
-    outcomes = crash_outcomes(False, 150, plant)
+    outcomes = crash_outcomes(False, 150, PLANTED_BUGS[bug])
     assert set(outcomes) - {("in", "old"), ("in", "new"), ("after", "new")}

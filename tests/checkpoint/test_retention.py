@@ -1,8 +1,8 @@
 """Retention keeps what it promises, counts only sound checkpoints, and does not read what this process just wrote."""
 
 import pytest
-
 from tests.checkpoint.states import make_state
+
 from warploom.checkpoint import format as fmt
 from warploom.checkpoint import retention, save
 from warploom.checkpoint.format import list_checkpoints, step_of

@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 import xxhash
-
 from tests.checkpoint.states import digest, make_state
+
 from warploom.checkpoint import save
 from warploom.checkpoint.format import CheckpointState, list_checkpoints, step_of
 from warploom.checkpoint.load import (

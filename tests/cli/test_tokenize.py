@@ -24,7 +24,7 @@ def test_it_writes_the_data_set_and_prints_its_figures(text, tmp_path, capsys):
 
 def test_it_takes_a_tokenizer_that_exists(text, tmp_path, capsys):
     assert main(["tokenize", str(text), "--out", str(tmp_path / "one"), "--vocab-size", "300"]) == 0
-    flags = ["--out", str(tmp_path / "two"), "--tokenizer", str(tmp_path / "one"), "--heldout-fraction", "0.2"]
+    flags = ["--out", str(tmp_path / "two"), "--tokenizer", str(tmp_path / "one"), "--heldout-fraction", "0.6"]
     assert main(["tokenize", str(text), *flags]) == 0
     one, two = TokenDataset(tmp_path / "one"), TokenDataset(tmp_path / "two")
     assert one.tokenizer.sha256 == two.tokenizer.sha256

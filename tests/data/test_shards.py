@@ -154,7 +154,7 @@ def test_a_given_tokenizer_is_used_and_large_vocabularies_take_four_bytes(corpus
 
 
 def test_left_out_documents_are_counted_in_the_manifest(tmp_path):
-    lines = ['{"text": "good %d"}' % i for i in range(50)] + ["not json", '{"body": 1}', '{"text": ""}', "[]"]
+    lines = [json.dumps({"text": f"good {i}"}) for i in range(50)] + ["not json", '{"body": 1}', '{"text": ""}', "[]"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     dataset = tokenize_corpus(tmp_path / "a.jsonl", tmp_path / "set", vocab_size=300, on_bad_line="skip")
     assert dataset.manifest["documents_read"] == 50

@@ -343,3 +343,16 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="at most 32 long"):
         build(position="learned")(tokens(1, 33))
     assert decoder(tokens(1, 33)).shape == (1, 33, 24)  # rotary positions do not end
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_positions_by_row_equal_the_default(position):
+    model, x = build(position=position), tokens(2, 6)
+    assert torch.equal(model(x, positions=torch.arange(6).expand(2, 6)), model(x))
+
+
+@pytest.mark.parametrize("architecture, position", [("decoder", "t5"), ("encoder-decoder", "rotary")])
+def test_the_whole_loss_is_one_graph(architecture, position):
+    model, x = build(architecture=architecture, position=position), tokens(2, 9)
+    compiled = torch.compile(model.loss, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x[:, :-1], x[:, 1:], **inputs(model)), model.loss(x[:, :-1], x[:, 1:], **inputs(model)))

@@ -85,11 +85,19 @@ def test_a_plan_fits_time_and_memory(left_s, num_bytes, flops):
     assert chosen.dtype == torch.bfloat16
     assert train_s + chosen.reserve_s <= 1.01 * left_s
     assert train_s + evaluations_s + chosen.reserve_s >= 0.9 * left_s or chosen.steps == 1
-    assert budget._memory_bytes(chosen.model, chosen.batch.seq_len, chosen.batch.micro_batch_size, chosen.dtype) <= 8 << 30
+    assert (
+        budget._memory_bytes(chosen.model, chosen.batch.seq_len, chosen.batch.micro_batch_size, chosen.dtype) <= 8 << 30
+    )
     assert chosen.batch.global_batch_size % chosen.batch.micro_batch_size == 0
     assert chosen.model.vocab_size == corpus.vocab_size
     assert 1 <= chosen.eval_every <= chosen.steps
     assert 2 <= len(chosen.candidates) <= 6
+
+
+@pytest.mark.parametrize("left_s", [-30.0, 0.0, 8.0])
+def test_no_time_left_is_said(left_s):
+    with pytest.raises(UserError, match="budget leaves [0-4] s for training.*give a larger one"):
+        plan(left_s, corpus_of(12_000_000), CPU, timer())
 
 
 def test_no_neighbour_size_is_expected_to_be_better():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from warploom.models.config import TransformerConfig
 from warploom.models.presets import preset
 from warploom.models.transformer import Transformer

@@ -65,7 +65,7 @@ def ragged(batch_size, generator, seq_len=16):
     """Like counting, with a tail of each row ignored."""
     batch = counting(batch_size, generator, seq_len)
     lengths = torch.randint(1, seq_len + 1, (batch_size, 1), generator=generator)
-    return replace(batch, targets=batch.targets.masked_fill(torch.arange(seq_len) >= lengths, -100))
+    return replace(batch, num_bytes=None, targets=batch.targets.masked_fill(torch.arange(seq_len) >= lengths, -100))
 
 
 def reversing(batch_size, generator, length=5):

@@ -143,7 +143,7 @@ def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     try:
         with os.scandir(run_dir) as entries:
             names = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise UserError(f"the run folder {run_dir} cannot be read: {error.strerror}; choose another folder") from error

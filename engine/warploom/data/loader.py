@@ -169,18 +169,14 @@ def _batch(
         padding = targets[-1, end - starts[-1] :]
         num_bytes -= int(split.token_bytes[padding].sum())
         padding[:] = IGNORE_INDEX
-    if not separate_documents:
-        positions = torch.arange(T).expand(B, T).contiguous()
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), positions, None, num_bytes)
-    cuts = _document_cuts(split, starts, T)
-    flat = np.arange(B * T) - np.repeat(cuts[:-1], np.diff(cuts))
-    return Batch(
-        torch.from_numpy(tokens),
-        torch.from_numpy(targets),
-        torch.from_numpy(flat.reshape(B, T)),
-        torch.from_numpy(cuts.astype(np.int32)),
-        num_bytes,
-    )
+    if separate_documents:
+        cuts = _document_cuts(split, starts, T)
+        positions = (np.arange(B * T) - np.repeat(cuts[:-1], np.diff(cuts))).reshape(B, T)
+        cu_seqlens = torch.from_numpy(cuts.astype(np.int32))
+    else:
+        positions, cu_seqlens = np.tile(np.arange(T), (B, 1)), None
+    tokens, targets = torch.from_numpy(tokens), torch.from_numpy(targets)
+    return Batch(tokens, targets, torch.from_numpy(positions), cu_seqlens, num_bytes)
 
 
 def _document_cuts(split: TokenSplit, starts: np.ndarray, T: int) -> np.ndarray:

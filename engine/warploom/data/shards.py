@@ -110,6 +110,9 @@ def tokenize_corpus(
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with _lock(out.parent / f".{out.name}.lock"):
+            partial, old = (out.parent / f".{out.name}.{state}" for state in ("partial", "old"))
+            for leftover in (partial, old):  # under the lock, it belongs to a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             if (out / "manifest.json").exists():
                 with contextlib.suppress(UserError):  # damaged or of another version: made anew
                     dataset = TokenDataset(out)
@@ -117,13 +120,10 @@ def tokenize_corpus(
                         dataset.verify()
                         return dataset
             _require_replaceable(out)
-            partial = out.parent / f".{out.name}.partial"
-            # Under the lock, one that is there belongs to a run that was killed.
-            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
                 _build(partial, files, settings, request, tokenizer, workers or _num_cores(), progress)
-                _put_in_place(partial, out)
+                _put_in_place(partial, out, old)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -446,18 +446,14 @@ def _require_replaceable(out: Path) -> None:
 _OUR_NAMES = ("manifest.json", "tokenizer.json")
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def _put_in_place(partial: Path, out: Path, old: Path) -> None:
     """Rename partial to out. Killed in between, out is the old data set, absent, or the new one."""
     _sync_folder(partial)
     if out.exists():
-        old = out.parent / f".{out.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out)
+    partial.rename(out)
     _sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

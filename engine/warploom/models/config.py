@@ -15,8 +15,8 @@ class TransformerConfig:
     """A transformer. Raises UserError for values that do not fit together."""
 
     architecture: Literal["decoder", "encoder", "encoder-decoder"] = "decoder"
-    """decoder: causal language model. encoder: every token sees every other. encoder-decoder: a causal decoder that
-    also reads an encoded source."""
+    """decoder: causal. encoder: every token sees every other.
+    encoder-decoder: a causal decoder that also reads an encoded source."""
     vocab_size: int = 8192
     """Rows of the token embedding and of the output layer."""
     source_vocab_size: int | None = None
@@ -38,13 +38,14 @@ class TransformerConfig:
     d_ff: int | None = None
     """Width of the feed-forward layer; None = 4 * d_model."""
     position: Literal["sinusoidal", "learned", "rotary", "alibi", "t5", "none"] = "rotary"
-    """How order enters. sinusoidal, learned: added to the embedding. rotary: rotates queries and keys. alibi, t5: a
-    bias on attention by distance, fixed (alibi) or learned per bucket of distances (t5)."""
+    """How order enters. sinusoidal, learned: added to the embedding.
+    rotary: turns queries and keys.
+    alibi, t5: a bias on attention by distance, fixed (alibi) or learned per bucket of distances (t5)."""
     rotary_base: float = 10000.0
-    """rotary: the longest wavelength is 2 pi times this, in tokens."""
+    """rotary: about 1 / (2 pi) of the longest wavelength, in tokens."""
     activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "swiglu"] = "relu"
-    """Of the feed-forward layer. relu2: squared ReLU. gelu_tanh: the tanh approximation that GPT-2 uses. swiglu: gated
-    by SiLU, with a third matrix."""
+    """Of the feed-forward layer. relu2: squared ReLU. gelu_tanh: the approximation that GPT-2 uses.
+    swiglu: gated by SiLU, with a third matrix."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     """Normalisation."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -66,8 +67,8 @@ class TransformerConfig:
     dropout: float = 0.0
     """Probability with which elements of the embeddings and of each sub-layer's output are dropped in training."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; the matrices that write to the residual stream get
-    init_std / sqrt(number of such matrices in the stack), as in GPT-2."""
+    """Standard deviation of the initial weights.
+    Matrices that write to the residual stream get init_std / sqrt(number of them in the stack), as in GPT-2."""
 
     @property
     def kv_heads(self) -> int:

@@ -64,15 +64,15 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Return the hidden states (B, T, C) in dtype of the embedded tokens x (B, T, C).
 
-        window: no document is longer. recompute: keep only what enters each block and run it again in the backward
-        pass.
+        window: the length of the longest document, or more. recompute: keep only what enters each block, and run the
+        block again in the backward pass. The rest is as in Transformer.forward.
         """
         T = x.shape[1]
-        if cu_seqlens is None:
-            num_keys = T if cache is None else cache.num_keys(T)
-            bias = self.position.bias(positions, num_keys)
-        else:
+        # Without a cache only distances within a document matter to a bias, and those are distances of indices.
+        if cache is None:
             bias = self.position.bias(torch.arange(window, device=x.device), window)
+        else:
+            bias = self.position.bias(positions, cache.num_keys(T))
         context = AttentionContext(
             positions=positions,
             rotate=self.position.rotate,
@@ -168,13 +168,13 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the hidden states after the final norm, (B, T, C) in compute_dtype.
 
-        tokens: (B, T) int64. positions: (T,), or (B, T) where rows differ, int64; 0, 1, ... if None.
-        Without cu_seqlens, the key at index j of a row is taken to be at position j.
+        tokens: (B, T) int64. positions: (T,) or (B, T) int64, consecutive within a document; 0, 1, ... if None.
         lengths: (B,) integers, tokens per row; an encoder hides the padding behind them, a decoder does so by being
         causal. What is returned at padding means nothing.
         cu_seqlens: (number of documents + 1,) int32 offsets into the B * T tokens read row after row: documents that
         do not see each other. Then positions, (B, T), restart with each, and none may be longer than T.
-        cache: tokens follow those it holds, at positions the caller gives (nn.attention.AttentionCache).
+        cache: tokens follow those it holds, at positions that the caller gives, each row counted from its first key
+        (nn.attention.AttentionCache).
         source: (B, S) int64, source_lengths: (B,): what an encoder-decoder translates. memory: encode(source,
         source_lengths) if the caller has it already, in place of source. With a cache, the cross-attention keys and
         values are computed at the first call and memory is not read again.

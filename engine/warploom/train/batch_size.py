@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from warploom.errors import UserError
+
 # The rest is for checkpoints, evaluation and whoever else uses the machine.
 _USABLE = 0.7
 _CLEAR_GROWTH_BYTES = 64 << 20  # less may be an allocator that fills its own holes
@@ -23,10 +25,10 @@ _SAMPLE_EVERY_S = 0.001
 def find_micro_batch_size(
     run_step: Callable[[int], None], global_batch_size: int, device: torch.device, *, reserve_bytes: int
 ) -> int:
-    """Return the largest divisor of global_batch_size whose forward and backward pass fits, at least 1.
+    """Return the largest divisor of global_batch_size whose forward and backward pass fits.
 
-    run_step(size) makes such a pass over size sequences. reserve_bytes are kept free: what training will allocate
-    later, optimizer state above all.
+    run_step(size) makes such a pass over size sequences; gradients must be allocated already. reserve_bytes are kept
+    free: what training will allocate later, optimizer state above all. Raises UserError if not even one fits a GPU.
     """
     sizes = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
     if device.type == "cuda":
@@ -35,32 +37,41 @@ def find_micro_batch_size(
 
 
 def _by_trial(run_step: Callable[[int], None], sizes: list[int], device: torch.device, reserve_bytes: int) -> int:
-    largest = 1
-    reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
-    for size in sizes:
-        try:
+    largest = 0
+    try:
+        reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
+        for size in sizes:
             run_step(size)
-        except torch.OutOfMemoryError:
-            break
-        largest = size
-    del reserve
-    gc.collect()  # the traceback of the failed step held its activations
+            largest = size
+    except torch.OutOfMemoryError:
+        pass  # the size before is the largest that fits
+    reserve = None  # noqa: F841 (free it)
+    gc.collect()  # the failed step's frames hold its activations
     torch.cuda.empty_cache()
+    if not largest:
+        raise UserError(
+            f"one sequence does not fit the memory of {torch.cuda.get_device_name(device)}; give a smaller model, a "
+            "smaller train.seq_len or train.grad_checkpointing"
+        )
     return largest
 
 
 def _by_growth(run_step: Callable[[int], None], sizes: list[int], room_bytes: float) -> int:
-    run_step(sizes[0])  # gradients and caches are allocated once, whatever the size
+    before = psutil.Process().memory_info().rss
+    run_step(sizes[0])  # workspaces are allocated once, whatever the size
     first = peak = _peak_rss_bytes(run_step, sizes[0])
     measured = sizes[0]
     for size in sizes[1:]:
-        if peak - first >= _CLEAR_GROWTH_BYTES or peak - first >= room_bytes / 4:
+        # As if all of it grew with the batch: too much, so what is tried here is safe.
+        at_most = size * (peak - before) / measured
+        if peak - first >= _CLEAR_GROWTH_BYTES or at_most > room_bytes:
             break
         peak, measured = _peak_rss_bytes(run_step, size), size
-    if measured == sizes[0]:
-        return measured
-    per_sequence = max(peak - first, _CLEAR_GROWTH_BYTES // 16) / (measured - sizes[0])
-    return max(size for size in sizes if size <= measured or (size - sizes[0]) * per_sequence <= room_bytes)
+    if peak - first >= _CLEAR_GROWTH_BYTES:
+        per_sequence = (peak - first) / (measured - sizes[0])
+    else:
+        per_sequence = (peak - before) / measured
+    return max(size for size in sizes if size <= measured or size * per_sequence <= room_bytes)
 
 
 def _peak_rss_bytes(run_step: Callable[[int], None], size: int) -> int:

@@ -60,6 +60,7 @@ _MEMORY_SHARE = 0.5  # of what is free, for the estimate to stay below
 
 # After the last step come an evaluation, a checkpoint, the samples and the report: a share of the time, and seconds.
 _RESERVE, _RESERVE_S = 0.02, 4.0
+_LEAST_TRAIN_S = 5.0
 _EVALUATIONS = 10
 _EVAL_SHARE = 0.01  # of the run's tokens, per evaluation; without a backward pass it costs a third of their training
 _LEAST_EVAL_TOKENS, _MOST_EVAL_TOKENS = 20_000, 1_000_000
@@ -151,9 +152,15 @@ class BudgetPlan:
 def plan(left_s: float, corpus: Corpus, machine: Machine, step_timer: StepTimer) -> BudgetPlan:
     """Choose everything about a run that is to be over, report included, in `left_s` seconds.
 
-    step_timer is called for the few sizes around the best; what that costs is the caller's to subtract.
+    step_timer is called for the few sizes around the best; what that costs is the caller's to subtract. Raises UserError
+    if too little time is left for any training.
     """
     train_s = left_s * (1 - _RESERVE) - _RESERVE_S
+    if train_s < _LEAST_TRAIN_S:
+        raise UserError(
+            f"budget leaves {max(0.0, train_s):.0f} s for training once the text is prepared, where {_LEAST_TRAIN_S:.0f} s "
+            "is the least; give a larger one (a second run into the same folder finds the text prepared)"
+        )
     dtype = max(machine.matmul_flops, key=lambda dtype: machine.matmul_flops[dtype])
     timed: dict[int, Candidate] = {}
 

@@ -118,8 +118,9 @@ class Monitor:
             self._live.start()
         first = f"from step {info.start_step:,} " if info.start_step else ""
         self.message(
-            f"Training {info.num_parameters:,} parameters {first}to step {info.steps:,}, {info.tokens_per_step:,} tokens "
-            f"a step, {info.dtype} on {info.device}; matrix products run at {info.matmul_flops / 1e9:,.0f} GFLOP/s here."
+            f"Training {info.num_parameters:,} parameters {first}to step {info.steps:,}, with {info.tokens_per_step:,} "
+            f"tokens a step, in {info.dtype} on {info.device}, which multiplies matrices at "
+            f"{info.matmul_flops / 1e9:,.0f} GFLOP/s."
         )
 
     def set_steps(self, steps: int) -> None:

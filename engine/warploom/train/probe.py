@@ -43,9 +43,7 @@ def step_timer(dataset: TokenDataset, device: torch.device) -> StepTimer:
         model = Transformer(config).to(device)
         model.compute_dtype = dtype
         optimizers = build_optimizers(model, optimizer_for(config), muon_dtype=dtype)
-        batches = Loader(
-            dataset.train, seq_len=shape.seq_len, micro_batch_size=shape.micro_batch_size, seed=0
-        )
+        batches = Loader(dataset.train, seq_len=shape.seq_len, micro_batch_size=shape.micro_batch_size, seed=0)
         loss_sum = functools.partial(model.loss, reduction="sum")
         durations: list[float] = []
         started = time.perf_counter()

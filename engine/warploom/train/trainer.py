@@ -400,6 +400,8 @@ class Trainer:
             batch = next(self._data.train_batches(size))
             self._loss_sum(**inputs_to(batch, self._device)).backward()
 
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
         optimizer_bytes = 2 * sum(p.nbytes for p in self._parameters)
         size = find_micro_batch_size(
             run_step, self.config.train.global_batch_size, self._device, reserve_bytes=optimizer_bytes

@@ -1,0 +1,286 @@
+"""The C++ attention kernel alone: its rounding on every instruction-set level, its determinism, what it writes and reads.
+
+What every back end of the op must do is in tests/ops/test_contract.py.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from warploom.ops import _extension
+from warploom.ops.attention import attention_reference
+
+if _extension.missing:
+    pytest.skip(_extension.missing, allow_module_level=True)
+
+CPU = torch.ops.warploom_cpu
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Half a unit in the last place, relative.
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-11, torch.float64: 2**-53}
+UNUSUAL_LEVELS = [level for level in CPU.levels() if level != CPU.level()]
+T_AND_S = [(1, 1), (7, 7), (63, 65), (65, 63), (257, 257), (1, 257), (257, 1)]
+
+
+def draw(*shape, dtype, seed):
+    """(B, H, T, D) as the projections of a model hand it over: a transposed view."""
+    B, H, T, D = shape
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(B, T, H, D, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
+
+
+def inputs(B, H, H_kv, T, S, D, dtype):
+    return (
+        draw(B, H, T, D, dtype=dtype, seed=0),
+        draw(B, H_kv, S, D, dtype=dtype, seed=1),
+        draw(B, H_kv, S, D, dtype=dtype, seed=2),
+        draw(B, H, T, D, dtype=dtype, seed=3),
+    )
+
+
+def run(q, k, v, do, *, bias=None, cu_seqlens=None, key_lengths=None, causal=False, softmax_scale=None):
+    """o, dq, dk, dv, dbias of the kernel."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    o, lse = CPU.attention_fwd(q, k, v, bias, cu_seqlens, key_lengths, causal, scale)
+    return o, *CPU.attention_bwd(do, q, k, v, o, lse, bias, cu_seqlens, key_lengths, causal, scale)
+
+
+def differentiate(function, q, k, v, do, bias):
+    """o, dq, dk, dv, dbias by autograd."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v, bias) if tensor is not None]
+    o = function(*leaves)
+    return o.detach(), *torch.autograd.grad(o, leaves, do)
+
+
+def assert_rounds_like_torch(q, k, v, do, *, bias=None, softmax_scale=None, **masks):
+    """Against float64: at most twice the error of torch's own attention in the same dtype, plus the rounding of the
+    result and what is left where dp - delta cancels (both are sums over D in float32)."""
+
+    def exact(q, k, v, bias=None):
+        return attention_reference(q, k, v, bias=bias, softmax_scale=softmax_scale, **masks)
+
+    def of_torch(q, k, v, bias=None):
+        T, S = q.shape[2], k.shape[2]
+        visible = torch.ones(T, S, dtype=torch.bool)
+        if masks.get("causal"):
+            visible = visible.tril(S - T)
+        if masks.get("key_lengths") is not None:
+            visible = visible & (torch.arange(S) < masks["key_lengths"][:, None, None, None])
+        mask = torch.zeros(T, S, dtype=q.dtype) if bias is None else bias
+        mask = mask.masked_fill(~visible, float("-inf"))
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=True)
+
+    wide = [None if tensor is None else tensor.double() for tensor in (q, k, v, do, bias)]
+    references = differentiate(exact, *wide)
+    peers = differentiate(of_torch, q, k, v, do, bias)
+    u = ROUNDING[q.dtype]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else abs(softmax_scale)
+    rows = max(q.shape[2], k.shape[2])
+    dp = (wide[3].abs() @ wide[2].abs().mT.repeat_interleave(q.shape[1] // k.shape[1], 1)).max()
+    cancelled = min(u, 2**-24) * dp * scale * max(q.abs().max(), k.abs().max()) * rows**0.5
+    results = run(q, k, v, do, bias=bias, softmax_scale=softmax_scale, **masks)
+    for name, result, peer, reference in zip(("o", "dq", "dk", "dv", "dbias"), results, peers, references, strict=False):
+        error = (result.double() - reference).abs().max()
+        # A row that sees nothing is NaN in torch; every other error of torch counts.
+        of_peer = (peer.double() - reference).abs().nan_to_num(0.0).max()
+        allowed = 2 * of_peer + 2 * u * reference.abs().max() + (0 if name in ("o", "dv") else cancelled)
+        assert error <= allowed, f"{name}: error {error:.3g}, of torch {of_peer:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 16, 40, 64, 80, 96, 128, 256])
+def test_head_widths(D, dtype):
+    assert_rounds_like_torch(*inputs(1, 2, 1, 65, 70, D, dtype), causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("T", "S"), T_AND_S)
+def test_lengths(T, S, causal, dtype):
+    if causal and T > S:  # torch gives NaN gradients for everything if a row sees nothing: keep to rows that see some
+        T = S
+    assert_rounds_like_torch(*inputs(2, 4, 2, T, S, 64, dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias_heads", [1, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_bias(causal, bias_heads, dtype):
+    bias = draw(1, bias_heads, 90, 130, dtype=dtype, seed=4)[0].contiguous()
+    assert_rounds_like_torch(*inputs(2, 4, 2, 90, 130, 40, dtype), bias=bias, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softmax_scale", [-0.3, 0.0, 1.5])
+def test_softmax_scales(softmax_scale, dtype):
+    assert_rounds_like_torch(*inputs(1, 2, 2, 70, 70, 32, dtype), causal=True, softmax_scale=softmax_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float32_bias_with_a_narrower_dtype(dtype):
+    q, k, v, do = inputs(2, 2, 2, 33, 47, 16, dtype)
+    bias = draw(1, 2, 33, 47, dtype=torch.bfloat16, seed=4)[0].contiguous()
+    narrow = run(q, k, v, do, bias=bias.to(dtype))
+    mixed = run(q, k, v, do, bias=bias.float())
+    assert mixed[4].dtype == torch.float32
+    assert torch.equal(mixed[4].to(dtype), narrow[4])
+    assert all(torch.equal(a, b) for a, b in zip(mixed[:4], narrow[:4], strict=True))
+
+
+def test_lse_is_the_natural_logarithm_of_the_sum():
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-5), (torch.float64, 1e-13)):
+        q, k, v, _ = inputs(2, 4, 2, 100, 130, 64, dtype)
+        _, lse = CPU.attention_fwd(q, k, v, None, None, None, False, 0.125)
+        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        scores = 0.125 * q.double() @ k.double().repeat_interleave(2, 1).mT
+        torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_documents_are_computed_as_if_alone(causal, dtype):
+    offsets = [0, 1, 2, 70, 70, 200]
+    q, k, v, do = inputs(1, 4, 2, 200, 200, 40, dtype)
+    packed = run(q, k, v, do, cu_seqlens=torch.tensor(offsets, dtype=torch.int32), causal=causal)
+    for start, end in zip(offsets, offsets[1:], strict=False):
+        alone = run(*(tensor[:, :, start:end] for tensor in (q, k, v, do)), causal=causal)
+        assert all(torch.equal(a[:, :, start:end], b) for a, b in zip(packed[:4], alone[:4], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [0, 1, 64, 83])
+def test_keys_beyond_their_length_do_not_exist(length, dtype):
+    q, k, v, do = inputs(1, 2, 1, 70, 83, 64, dtype)
+    expected = run(q, k[:, :, :length], v[:, :, :length], do)
+    k[:, :, length:] = v[:, :, length:] = float("nan")
+    o, dq, dk, dv, _ = run(q, k, v, do, key_lengths=torch.tensor([length]))
+    assert torch.equal(o, expected[0])
+    assert torch.equal(dq, expected[1])
+    for gradient, of_the_seen in ((dk, expected[2]), (dv, expected[3])):
+        assert torch.equal(gradient[:, :, :length], of_the_seen)
+        assert not gradient[:, :, length:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_see_nothing(dtype):
+    q, k, v, do = inputs(1, 2, 1, 150, 20, 32, dtype)
+    blind = 150 - 20
+    o, dq, dk, dv, _ = run(q, k, v, do, causal=True)
+    _, lse = CPU.attention_fwd(q, k, v, None, None, None, True, 32**-0.5)
+    assert (lse[:, :, :blind] == float("-inf")).all()
+    assert lse[:, :, blind:].isfinite().all()
+    assert not o[:, :, :blind].any()
+    assert not dq[:, :, :blind].any()
+    seeing = run(q[:, :, blind:], k, v, do[:, :, blind:], causal=True)
+    for result, expected in ((o[:, :, blind:], seeing[0]), (dq[:, :, blind:], seeing[1]), (dk, seeing[2])):
+        torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(dv, seeing[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bitwise_equal_over_repeats_and_threads(with_bias, dtype):
+    q, k, v, do = inputs(2, 4, 1, 300, 300, 40, dtype)
+    bias = draw(1, 4, 300, 300, dtype=dtype, seed=4)[0].contiguous() if with_bias else None
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run(q, k, v, do, bias=bias, causal=True)
+        torch.set_num_threads(2)
+        for _ in range(5):
+            together = run(q, k, v, do, bias=bias, causal=True)
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned_outputs():
+    """Memory of new tensors starts as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_outputs_are_written_whole_and_scratch_is_not_trusted(with_bias, dtype, poisoned_outputs):
+    q, k, v, do = inputs(2, 2, 1, 70, 90, 40, dtype)
+    bias = draw(1, 2, 70, 90, dtype=dtype, seed=4)[0].contiguous() if with_bias else None
+    masks = {"key_lengths": torch.tensor([90, 0]), "causal": True, "bias": bias}
+    clean = run(q, k, v, do, **masks)
+    assert all(tensor.isfinite().all() for tensor in clean)
+    nans = [torch.full((2, heads, 200, 256), float("nan"), dtype=dtype) for heads in (2, 1, 1, 2)]
+    assert run(*nans)[0].isnan().all()  # and so is the scratch memory now
+    again = run(q, k, v, do, **masks)
+    assert all(torch.equal(a, b) for a, b in zip(clean, again, strict=True))
+
+
+def test_layouts():
+    """Any strides come in; what goes out transposes to a contiguous (B, T, H, D)."""
+    q, k, v, do = inputs(2, 4, 2, 33, 40, 24, torch.float32)
+    results = run(q, k, v, do)
+    assert all(tensor.transpose(1, 2).is_contiguous() for tensor in results[:4])
+    of_contiguous = run(*(tensor.contiguous() for tensor in (q, k, v, do)))
+    of_strided_rows = run(*(tensor.mT.contiguous().mT for tensor in (q, k, v, do)))
+    of_slices = run(*(torch.cat([tensor, tensor], -1)[..., :24] for tensor in (q, k, v, do)))
+    of_broadcast = run(q, k[:1].expand_as(k), v[:1].expand_as(v), do)
+    for results_of_layout in (of_contiguous, of_strided_rows, of_slices):
+        assert all(torch.equal(a, b) for a, b in zip(results, results_of_layout, strict=True))
+    assert torch.equal(of_broadcast[0][0], results[0][0])
+
+
+def test_nan_and_infinity_reach_their_rows_only():
+    q, k, v, do = inputs(1, 1, 1, 100, 100, 16, torch.float32)
+    clean = run(q, k, v, do, causal=True)[0]
+    q[0, 0, 40, 3] = float("nan")
+    o = run(q, k, v, do, causal=True)[0]
+    assert o[0, 0, 40].isnan().all()
+    others = [row for row in range(100) if row != 40]
+    assert torch.equal(o[0, 0, others], clean[0, 0, others])
+
+
+def test_direct_calls_cannot_read_out_of_bounds():
+    q, k, v, do = inputs(2, 4, 2, 8, 9, 16, torch.float32)
+    for wrong, argument in (
+        (lambda: CPU.attention_fwd(q, k[:, :, :, :8], v, None, None, None, False, 1.0), "k must be"),
+        (lambda: CPU.attention_fwd(q, k, v[:, :, :5], None, None, None, False, 1.0), "v must be"),
+        (lambda: CPU.attention_fwd(q, k, v, None, None, torch.tensor([9, 10]), False, 1.0), "key_lengths must be"),
+        (lambda: CPU.attention_fwd(q, k, v, q.new_zeros(4, 7, 9), None, None, False, 1.0), "bias must cover"),
+        (
+            lambda: CPU.attention_fwd(
+                q[:1], q[:1], q[:1], None, torch.tensor([0, 9], dtype=torch.int32), None, False, 1.0
+            ),
+            "cu_seqlens must rise",
+        ),
+        (
+            lambda: CPU.attention_bwd(
+                do, q, k, v, q, q.new_zeros(2, 4, 7), None, None, None, False, 1.0
+            ),
+            "lse must be",
+        ),
+    ):
+        with pytest.raises(ValueError, match=argument):
+            wrong()
+
+
+def test_level_in_use():
+    """Control of test_every_level: the variable reaches the kernels."""
+    assert CPU.level() == os.environ.get("WARPLOOM_CPU_LEVEL", CPU.levels()[-1])
+
+
+@pytest.mark.parametrize("level", UNUSUAL_LEVELS)
+def test_every_level(level):
+    """The level is chosen once per process, so this file's other tests run again in one with that level forced."""
+    if "WARPLOOM_CPU_LEVEL" in os.environ:
+        pytest.skip("already inside a process with a forced level")
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "WARPLOOM_CPU_LEVEL": level}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert "passed" in result.stdout
