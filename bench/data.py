@@ -20,9 +20,10 @@ import tyro
 
 from bench.harness import interleave, print_fingerprint, print_table, write_records
 from bench.step import CASES, DTYPES, build_step
+from warploom.data.dataset import TokenDataset, TokenSplit
 from warploom.data.documents import read_documents
 from warploom.data.loader import Loader
-from warploom.data.shards import TokenDataset, TokenSplit, tokenize_corpus
+from warploom.data.shards import tokenize_corpus
 from warploom.data.stdlib import stdlib_paths
 from warploom.data.tokenizer import Tokenizer
 

@@ -172,6 +172,7 @@ class ForwardPass {
   using E = Operand<T>;
   using S = Sum<T>;
   using V = Lanes<T>;
+  static constexpr int kStrip = kDepthStep<E>;
 
  public:
   ForwardPass(const AttentionForward<T>& args, const AttentionSequence& sequence, int64_t kv_head)
@@ -218,48 +219,57 @@ class ForwardPass {
       store(tile_.row_sums + r * kLanes<V>, V{});
     }
     for (int64_t key = 0; key < keys; key += kForwardKeys) {
-      const int64_t there = smaller(kForwardKeys, keys - key), padded = round_up(there, kDepthStep<E>);
-      product<false>(padded_rows, padded, width_, tile_.queries, width_, tile_.keys + key * width_, kPanel * width_,
-                     tile_.s, kForwardKeys);
-      if (scale_.apart) scale_apart(head, first, rows, key, there, padded);
-      if (visible_keys(sequence_, first) < key + padded) mask(first, rows, key, padded);
-      softmax(rows, padded, key > 0);
-      const E* values = tile_.values + key * kPanel;
-      if (key == 0) {
-        product<false>(padded_rows, columns_, padded, tile_.p, kForwardKeys, values, keys_padded_ * kPanel, tile_.o,
-                       columns_);
-      } else {
-        product<true>(padded_rows, columns_, padded, tile_.p, kForwardKeys, values, keys_padded_ * kPanel, tile_.o,
-                      columns_);
+      // Along the diagonal in strips of rows, each with only the keys that its last row sees.
+      const bool masked = visible_keys(sequence_, first) < key + round_up(smaller(kForwardKeys, keys - key), kStrip);
+      const int64_t strip = masked ? kStrip : kForwardQueries;
+      for (int64_t row = 0; row < rows; row += strip) {
+        const int64_t strip_rows = smaller(strip, rows - row);
+        const int64_t seen = smaller(kForwardKeys, visible_keys(sequence_, first + row + strip_rows - 1) - key);
+        if (seen > 0) attend_keys(head, first, row, strip_rows, key, seen, masked);
       }
     }
     finish(head, first, rows, keys > 0);
   }
 
-  void scale_apart(int64_t head, int64_t first, int64_t rows, int64_t key, int64_t there, int64_t padded) {
+  // Rows [row, row + rows) of the block against keys [key, key + seen).
+  void attend_keys(int64_t head, int64_t first, int64_t row, int64_t rows, int64_t key, int64_t seen, bool masked) {
+    const int64_t padded_rows = round_up(rows, kRowStep<E>), padded = round_up(seen, kDepthStep<E>);
+    S *s = tile_.s + row * kForwardKeys, *o = tile_.o + row * columns_;
+    E* p = tile_.p + row * kForwardKeys;
+    product<false>(padded_rows, padded, width_, tile_.queries + row * width_, width_, tile_.keys + key * width_,
+                   kPanel * width_, s, kForwardKeys);
+    if (scale_.apart) scale_apart(head, first + row, rows, key, seen, padded, s);
+    for (int64_t r = 0; masked && r < rows; ++r) {
+      hide_outside<V>(s + r * kForwardKeys, 0, visible_keys(sequence_, first + row + r) - key, padded);
+    }
+    softmax(row, rows, padded, key > 0);
+    const E* values = tile_.values + key * kPanel;
+    const int64_t values_panel = keys_padded_ * kPanel;
+    if (key == 0) {
+      product<false>(padded_rows, columns_, padded, p, kForwardKeys, values, values_panel, o, columns_);
+    } else {
+      product<true>(padded_rows, columns_, padded, p, kForwardKeys, values, values_panel, o, columns_);
+    }
+  }
+
+  void scale_apart(int64_t head, int64_t first, int64_t rows, int64_t key, int64_t seen, int64_t padded, S* scores) {
     const V scale = broadcast(scale_.scale), to_log2 = broadcast(static_cast<S>(kLog2E));
     for (int64_t r = 0; r < rows; ++r) {
-      S* s = tile_.s + r * kForwardKeys;
+      S* s = scores + r * kForwardKeys;
       each_vector<V>(padded, [&](int64_t i, auto n) { store(s + i, load(s + i, n) * scale, n); });
       if (args_.bias.data == nullptr) continue;
       with_bias_row<T>(args_.bias, head, first + r, [&](const auto* bias) {
-        each_vector<V>(there, [&](int64_t i, auto n) {
+        each_vector<V>(seen, [&](int64_t i, auto n) {
           store(s + i, fma(load(bias + key + i, n), to_log2, load(s + i, n)), n);
         });
       });
     }
   }
 
-  void mask(int64_t first, int64_t rows, int64_t key, int64_t padded) {
-    for (int64_t r = 0; r < rows; ++r) {
-      hide_outside<V>(tile_.s + r * kForwardKeys, 0, visible_keys(sequence_, first + r) - key, padded);
-    }
-  }
-
   // Scores to probabilities of the rows' largest score so far, to which o and the sums are brought down.
-  void softmax(int64_t rows, int64_t padded, bool has_o) {
+  void softmax(int64_t row, int64_t rows, int64_t padded, bool has_o) {
     const V scale = broadcast(scale_.left);
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = row; r < row + rows; ++r) {
       const S* s = tile_.s + r * kForwardKeys;
       E* p = tile_.p + r * kForwardKeys;
       S* row_sums = tile_.row_sums + r * kLanes<V>;
@@ -399,6 +409,8 @@ class BackwardPass {
   using E = Operand<T>;
   using S = Sum<T>;
   using V = Lanes<T>;
+  static constexpr int kStrip = kDepthStep<E>;
+  static constexpr int64_t kQueryPanel = kBackwardQueries * kPanel;
 
  public:
   BackwardPass(const AttentionBackward<T>& args, const AttentionSequence& sequence, int64_t kv_head,
@@ -457,31 +469,63 @@ class BackwardPass {
     const T* q = args_.q.row(sequence_.b, head, query);
     const T* d_o = args_.d_o.row(sequence_.b, head, query);
     const int64_t q_stride = args_.q.t_stride, d_o_stride = args_.d_o.t_stride;
-    constexpr int64_t panel_stride = kBackwardQueries * kPanel;
-    pack_right(q, q_stride, rows, D_, padded_rows, tile_.queries, panel_stride, tile_.buffer);
-    pack_right(d_o, d_o_stride, rows, D_, padded_rows, tile_.d_o, panel_stride, tile_.buffer);
+    pack_right(q, q_stride, rows, D_, padded_rows, tile_.queries, kQueryPanel, tile_.buffer);
+    pack_right(d_o, d_o_stride, rows, D_, padded_rows, tile_.d_o, kQueryPanel, tile_.buffer);
     pack_right_transposed(q, q_stride, rows, D_, padded_rows, width_, tile_.queries_turned, tile_.buffer);
     pack_right_transposed(d_o, d_o_stride, rows, D_, padded_rows, width_, tile_.d_o_turned, tile_.buffer);
     gather_row_statistics(head, query, rows, padded_rows);
     store_zeros(tile_.dq_turned, columns_ * kBackwardQueries);
 
-    for (int64_t key = 0; key < keys; key += kBackwardKeys) {
-      const int64_t there = smaller(kBackwardKeys, keys - key), padded = round_up(there, kDepthStep<E>);
-      product<false>(padded, padded_rows, width_, tile_.keys + key * width_, width_, tile_.queries_turned,
-                     kPanel * width_, tile_.s, kBackwardQueries);
-      product<false>(padded, padded_rows, width_, tile_.values + key * width_, width_, tile_.d_o_turned,
-                     kPanel * width_, tile_.dp, kBackwardQueries);
-      if (scale_.apart) scale_apart(head, first, rows, key, there, padded, padded_rows);
-      if (visible_keys(sequence_, first) < key + padded) mask(first, key, there, padded, padded_rows);
-      to_score_gradients(padded, padded_rows, dbias_.data == nullptr ? nullptr : dbias_.at(head, key) + first);
-      product<true>(padded, columns_, padded_rows, tile_.p, kBackwardQueries, tile_.d_o, panel_stride,
-                    tile_.dv + key * columns_, columns_);
-      product<true>(padded, columns_, padded_rows, tile_.ds, kBackwardQueries, tile_.queries, panel_stride,
-                    tile_.dk + key * columns_, columns_);
-      product<true>(columns_, padded_rows, padded, tile_.keys_turned + key, keys_padded_, tile_.ds_right,
-                    kBackwardKeys * kPanel, tile_.dq_turned, kBackwardQueries);
-    }
+    for (int64_t key = 0; key < keys; key += kBackwardKeys) attend_keys(head, first, rows, key, keys);
     store_dq(head, query, rows);
+  }
+
+  // The block of query rows against keys [key, smaller(key + kBackwardKeys, keys)).
+  void attend_keys(int64_t head, int64_t first, int64_t rows, int64_t key, int64_t keys) {
+    const int64_t there = smaller(kBackwardKeys, keys - key), padded = round_up(there, kStrip);
+    const int64_t columns = round_up(rows, kStrip);
+    // Along the diagonal in strips of keys, each with only the queries from the first one on that sees a key of it.
+    const bool masked = visible_keys(sequence_, first) < key + padded;
+    const int64_t strip = masked ? kStrip : padded;
+    for (int64_t row = 0; row < padded; row += strip) {
+      const int64_t from = larger(0, key + row - sequence_.diagonal - first) / kStrip * kStrip;
+      if (from < columns) attend_strip(head, first, rows, key + row, row, strip, there - row, from, masked);
+    }
+    if (!masked) {
+      add_dq(key, padded, 0, columns);
+      return;
+    }
+    for (int64_t column = 0; column < columns; column += kStrip) {
+      const int64_t seen = smaller(there, visible_keys(sequence_, first + column + kStrip - 1) - key);
+      if (seen > 0) add_dq(key, round_up(seen, kStrip), column, kStrip);
+    }
+  }
+
+  // Keys [key, key + strip), at rows [row, row + strip) of the block of keys, against the queries from `from` on: what
+  // they give to dk, dv and dbias, and ds for dq. `there` of the keys are not padding.
+  void attend_strip(int64_t head, int64_t first, int64_t rows, int64_t key, int64_t row, int64_t strip, int64_t there,
+                    int64_t from, bool masked) {
+    const int64_t columns = round_up(rows, kStrip) - from, at = row * kBackwardQueries + from;
+    product<false>(strip, columns, width_, tile_.keys + key * width_, width_, tile_.queries_turned + from * width_,
+                   kPanel * width_, tile_.s + at, kBackwardQueries);
+    product<false>(strip, columns, width_, tile_.values + key * width_, width_, tile_.d_o_turned + from * width_,
+                   kPanel * width_, tile_.dp + at, kBackwardQueries);
+    if (scale_.apart) scale_apart(head, first + from, rows - from, key, there, strip, columns, tile_.s + at);
+    for (int64_t r = 0; masked && r < strip; ++r) {
+      const int64_t sees = r < there ? key + r - sequence_.diagonal - first - from : columns;
+      hide_outside<V>(tile_.s + at + r * kBackwardQueries, sees, columns, columns);
+    }
+    to_score_gradients(row, strip, from, columns, dbias_.data == nullptr ? nullptr : dbias_.at(head, key) + first + from);
+    product<true>(strip, columns_, columns, tile_.p + at, kBackwardQueries, tile_.d_o + from * kPanel, kQueryPanel,
+                  tile_.dv + key * columns_, columns_);
+    product<true>(strip, columns_, columns, tile_.ds + at, kBackwardQueries, tile_.queries + from * kPanel, kQueryPanel,
+                  tile_.dk + key * columns_, columns_);
+  }
+
+  // dq^T of queries [column, column + count) += k^T ds^T over `seen` keys.
+  void add_dq(int64_t key, int64_t seen, int64_t column, int64_t count) {
+    product<true>(columns_, count, seen, tile_.keys_turned + key, keys_padded_, tile_.ds_right + column * kBackwardKeys,
+                  kBackwardKeys * kPanel, tile_.dq_turned + column, kBackwardQueries);
   }
 
   void gather_row_statistics(int64_t head, int64_t query, int64_t rows, int64_t padded_rows) {
@@ -500,39 +544,33 @@ class BackwardPass {
     }
   }
 
-  void scale_apart(int64_t head, int64_t first, int64_t rows, int64_t key, int64_t there, int64_t padded,
-                   int64_t padded_rows) {
+  void scale_apart(int64_t head, int64_t first, int64_t rows, int64_t key, int64_t there, int64_t strip,
+                   int64_t columns, S* scores) {
     if (args_.bias.data != nullptr) {
       for (int64_t i = 0; i < rows; ++i) {
         with_bias_row<T>(args_.bias, head, first + i, [&](const auto* bias) {
-          for (int64_t r = 0; r < there; ++r) tile_.bias[r * kBackwardQueries + i] = to_float(bias[key + r]);
+          for (int64_t r = 0; r < smaller(there, strip); ++r) {
+            tile_.bias[r * kBackwardQueries + i] = to_float(bias[key + r]);
+          }
         });
       }
     }
     const V scale = broadcast(scale_.scale), to_log2 = broadcast(static_cast<S>(kLog2E));
-    for (int64_t r = 0; r < padded; ++r) {
-      S* s = tile_.s + r * kBackwardQueries;
+    for (int64_t r = 0; r < strip; ++r) {
+      S* s = scores + r * kBackwardQueries;
       const S* bias = tile_.bias + r * kBackwardQueries;
-      each_vector<V>(padded_rows, [&](int64_t i, auto n) { store(s + i, load(s + i, n) * scale, n); });
+      each_vector<V>(columns, [&](int64_t i, auto n) { store(s + i, load(s + i, n) * scale, n); });
       if (args_.bias.data == nullptr || r >= there) continue;
       each_vector<V>(rows, [&](int64_t i, auto n) { store(s + i, fma(load(bias + i, n), to_log2, load(s + i, n)), n); });
     }
   }
 
-  // Key j is seen by the queries from j - diagonal on; keys of the padding by none.
-  void mask(int64_t first, int64_t key, int64_t there, int64_t padded, int64_t padded_rows) {
-    for (int64_t r = 0; r < padded; ++r) {
-      const int64_t from = r < there ? key + r - sequence_.diagonal - first : padded_rows;
-      hide_outside<V>(tile_.s + r * kBackwardQueries, from, padded_rows, padded_rows);
-    }
-  }
-
-  // From s^T and dp^T: p^T, ds^T as left and as right operand, and dbias^T += ds^T.
-  void to_score_gradients(int64_t padded, int64_t padded_rows, S* dbias) {
+  // From s^T and dp^T of a strip of keys: p^T, ds^T as left and as right operand, and dbias^T += ds^T.
+  void to_score_gradients(int64_t row, int64_t strip, int64_t from, int64_t columns, S* dbias) {
     constexpr int lanes = kLanes<V>;
     const V scale = broadcast(scale_.left);
-    for (int64_t r = 0; r < padded; r += kGroup<E>) {
-      for (int64_t i = 0; i < padded_rows; i += lanes) {
+    for (int64_t r = row; r < row + strip; r += kGroup<E>) {
+      for (int64_t i = from; i < from + columns; i += lanes) {
         const V lse = load(tile_.row_lse + i), delta = load(tile_.row_delta + i);
         V group[kGroup<E>];
         for (int g = 0; g < kGroup<E>; ++g) {
@@ -543,7 +581,7 @@ class BackwardPass {
           store(tile_.ds + at, ds);
           group[g] = ds;
           if (dbias != nullptr) {
-            S* sums = dbias + (r + g) * dbias_.rows + i;
+            S* sums = dbias + (r - row + g) * dbias_.rows + i - from;
             store(sums, load(sums) + ds);
           }
         }

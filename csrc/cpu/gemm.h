@@ -14,9 +14,10 @@ namespace warploom::cpu::WARPLOOM_LEVEL {
 
 // a.P is M, b.P is N. epilogue(m, n, v, lanes) receives the sums of row m from column n on, as one vector, exactly once
 // per element, and stores what becomes of them. a_sums: null, or M numbers that receive the sums of A's rows over k.
-template <class T, class Epilogue>
-static void gemm(const Operand<T>& a, const Operand<T>& b, Epilogue&& epilogue,
-                 typename Accumulator<T>::type* a_sums = nullptr) {
+template <class A, class B, class Epilogue>
+static void gemm(const A& a, const B& b, Epilogue&& epilogue,
+                 typename Accumulator<typename A::T>::type* a_sums = nullptr) {
+  using T = typename A::T;
   using Tile = typename TileOf<T>::type;
   using Element = typename Tile::Element;
   using Sum = typename Tile::Sum;

@@ -9,14 +9,16 @@
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
 
-// One operand of a product: its rows for A, its columns for B, numbered p, of K elements each.
-template <class T>
+// One operand of a product: its rows for A, its columns for B, numbered p below P, of K elements each. Element (p, k)
+// is at data[p * stride + k] if kAlongK, k being contiguous, else at data[k * stride + p]. With kRelu, y is laid out as
+// data is, and elements count as zero where y is not positive.
+template <class Type, bool kIsAlongK, bool kHasRelu = false>
 struct Operand {
+  using T = Type;
+  static constexpr bool kAlongK = kIsAlongK, kRelu = kHasRelu;
   const T* data;
-  int64_t stride;        // from one p to the next if k is contiguous, else from one k to the next
-  bool k_is_contiguous;  // element (p, k) at data[p * stride + k], else at data[k * stride + p]
-  const T* relu;         // null, or laid out as data: elements count as zero where this is not positive
-  int64_t P, K;
+  int64_t stride, P, K;
+  const T* y = nullptr;
 };
 
 template <class V, int kSide>
@@ -66,25 +68,23 @@ struct ScalarCells {
   using Vector = V;
   static constexpr int kDepth = 1;
 
-  // n cells from (p, k) on, along whichever direction is contiguous.
-  template <class T>
-  static WARPLOOM_INLINE V along(const Operand<T>& source, int64_t p, int64_t k, int n) {
-    const int64_t at = source.k_is_contiguous ? p * source.stride + k : k * source.stride + p;
-    const bool whole = n == kLanes<V>;
-    const V v = whole ? load(source.data + at) : load(source.data + at, n);
-    if (source.relu == nullptr) return v;
-    const V y = whole ? load(source.relu + at) : load(source.relu + at, n);
-    return y > V{} ? v : V{};
+  template <class Source>
+  static WARPLOOM_INLINE V load_along_k(const Source& source, int64_t p, int64_t k, int n) {
+    return load_at(source, p * source.stride + k, n);
   }
-  template <class T>
-  static WARPLOOM_INLINE V along_k(const Operand<T>& source, int64_t p, int64_t k, int n) {
-    return along(source, p, k, n);
-  }
-  template <class T>
-  static WARPLOOM_INLINE V along_p(const Operand<T>& source, int64_t p, int64_t k, int n) {
-    return along(source, p, k, n);
+  template <class Source>
+  static WARPLOOM_INLINE V load_along_p(const Source& source, int64_t p, int64_t k, int n) {
+    return load_at(source, k * source.stride + p, n);
   }
   static WARPLOOM_INLINE V total(V cells) { return cells; }
+
+ private:
+  template <class Source>
+  static WARPLOOM_INLINE V load_at(const Source& source, int64_t at, int n) {
+    const V v = load(source.data + at, n);
+    if constexpr (Source::kRelu) return load(source.y + at, n) > V{} ? v : V{};
+    return v;
+  }
 };
 
 template <class Element>
@@ -101,53 +101,53 @@ struct CellsOf<bf16> {
   using Vector = Ints;
   static constexpr int kDepth = 2;
 
-  static WARPLOOM_INLINE Ints along_k(const Operand<bf16>& source, int64_t p, int64_t k, int n) {
-    const int64_t at = p * source.stride + k;
-    const int64_t elements = source.K - k < 2 * n ? source.K - k : 2 * n;
-    __mmask32 mask = elements >= 32 ? ~0u : (1u << elements) - 1;
-    if (source.relu != nullptr) {
-      const __m512i y = _mm512_maskz_loadu_epi16(mask, source.relu + at);
-      mask = _mm512_cmpgt_epi16_mask(y, _mm512_setzero_si512());  // bf16 orders as its bits do, for one sign
+  template <class Source>
+  static WARPLOOM_INLINE Ints load_along_k(const Source& source, int64_t p, int64_t k, int n) {
+    const int64_t at = p * source.stride + k, left = source.K - k;
+    const int elements = left < 2 * n ? static_cast<int>(left) : 2 * n;
+    __mmask32 mask = elements == 32 ? ~0u : (1u << elements) - 1;
+    if constexpr (Source::kRelu) {
+      // A positive bf16 is one whose bits are a positive integer.
+      mask = _mm512_cmpgt_epi16_mask(_mm512_maskz_loadu_epi16(mask, source.y + at), _mm512_setzero_si512());
     }
     return (Ints)_mm512_maskz_loadu_epi16(mask, source.data + at);
   }
-  static WARPLOOM_INLINE Ints along_p(const Operand<bf16>& source, int64_t p, int64_t k, int n) {
-    const __m512i even = row(source, p, k, n);
+  template <class Source>
+  static WARPLOOM_INLINE Ints load_along_p(const Source& source, int64_t p, int64_t k, int n) {
+    const __m512i even = load_row(source, p, k, n);
     if (k + 1 == source.K) return (Ints)even;
-    return (Ints)_mm512_or_si512(even, _mm512_slli_epi32(row(source, p, k + 1, n), 16));
+    return (Ints)_mm512_or_si512(even, _mm512_slli_epi32(load_row(source, p, k + 1, n), 16));
   }
   static WARPLOOM_INLINE Floats total(Ints cells) {
     return (Floats)(cells << 16) + (Floats)(cells & static_cast<int32_t>(0xffff0000));
   }
 
  private:
-  static WARPLOOM_INLINE __m512i row(const Operand<bf16>& source, int64_t p, int64_t k, int n) {
+  template <class Source>
+  static WARPLOOM_INLINE __m512i load_row(const Source& source, int64_t p, int64_t k, int n) {
     const int64_t at = k * source.stride + p;
     __mmask16 mask = first(n);
-    if (source.relu != nullptr) {
-      const __m256i y = _mm256_maskz_loadu_epi16(mask, source.relu + at);
-      mask = _mm256_cmpgt_epi16_mask(y, _mm256_setzero_si256());
+    if constexpr (Source::kRelu) {
+      mask = _mm256_cmpgt_epi16_mask(_mm256_maskz_loadu_epi16(mask, source.y + at), _mm256_setzero_si256());
     }
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, source.data + at));
   }
 };
 
-#endif
-
-#if defined(WARPLOOM_HAS_AVX512)
 WARPLOOM_INLINE void store(bf16* p, Ints pairs, int n) { _mm512_mask_storeu_epi32(p, first(n), (__m512i)pairs); }
+
 #endif
 
 WARPLOOM_INLINE int clip(int64_t x, int bound) { return static_cast<int>(x < 0 ? 0 : x < bound ? x : bound); }
 
 // Packs rows [p, p + kPanel) of the operand for k in [k_begin, k_end) into `panel`, padded with zeros to a multiple of
-// kDepth. If sums is not null, sums[0 .. kPanel) gain the packed values added up over k; k must not be contiguous then.
+// kDepth. If sums is not null, sums[0 .. kPanel) gain the packed values added up over k; not for operands along k.
 // k_begin must be a multiple of kDepth, and k_end too unless it is K.
-template <int kPanel, int kGroup, int kDepth, class Element, class T, class Sum>
-static void pack_panel(const Operand<T>& source, int64_t p, int64_t k_begin, int64_t k_end, Element* panel, Sum* sums) {
+template <int kPanel, int kGroup, int kDepth, class Element, class Source, class Sum>
+static void pack_panel(const Source& source, int64_t p, int64_t k_begin, int64_t k_end, Element* panel, Sum* sums) {
   using Cells = CellsOf<Element>;
   using V = typename Cells::Vector;
-  constexpr int kBlock = kLanes<V>;
+  constexpr int kBlock = kLanes<V>, kWidth = kPanel < kBlock ? kPanel : kBlock;
   constexpr bool kPanelAlongK = kGroup > Cells::kDepth;
   static_assert(!kPanelAlongK || (kGroup == kBlock * Cells::kDepth && kPanel % kBlock == 0));
   const int64_t filled_cells = (k_end - k_begin + Cells::kDepth - 1) / Cells::kDepth;
@@ -156,25 +156,36 @@ static void pack_panel(const Operand<T>& source, int64_t p, int64_t k_begin, int
   for (int column = 0; column < kPanel; column += kBlock) {
     const int width = clip(kPanel - column, kBlock), filled_width = clip(source.P - p - column, width);
     typename VectorOf<Sum>::type total = {};
-    for (int64_t cell = 0; cell < cells; cell += kBlock) {
-      const int depth = clip(cells - cell, kBlock), filled_depth = clip(filled_cells - cell, depth);
+    // Inlined twice, once with constants: whole blocks, all but the last ones, then run without masks or conditions.
+    const auto pack_block = [&](int64_t cell, int width, int depth, int filled_width,
+                                int filled_depth) __attribute__((always_inline)) {
       const int64_t k = k_begin + cell * Cells::kDepth;
       V block[kBlock] = {};
-      if (source.k_is_contiguous) {
-        for (int i = 0; i < filled_width; ++i) block[i] = Cells::along_k(source, p + column + i, k, filled_depth);
+      if constexpr (Source::kAlongK) {
+        for (int i = 0; i < filled_width; ++i) block[i] = Cells::load_along_k(source, p + column + i, k, filled_depth);
       } else {
         for (int i = 0; i < filled_depth; ++i) {
-          block[i] = Cells::along_p(source, p + column, k + i * Cells::kDepth, filled_width);
+          block[i] = Cells::load_along_p(source, p + column, k + i * Cells::kDepth, filled_width);
           if (sums != nullptr) total += Cells::total(block[i]);
         }
       }
-      if (source.k_is_contiguous != kPanelAlongK) transpose(block);
+      if constexpr (Source::kAlongK != kPanelAlongK) transpose(block);
       if constexpr (kPanelAlongK) {
-        for (int i = 0; i < width; ++i)
-          store(panel + cell * Cells::kDepth * kPanel + (column + i) * kGroup, block[i], kBlock);
+        Element* to = panel + cell * Cells::kDepth * kPanel + column * kGroup;
+        for (int i = 0; i < width; ++i) store(to + i * kGroup, block[i], kBlock);
       } else {
-        for (int i = 0; i < depth; ++i) store(panel + ((cell + i) * kPanel + column) * kGroup, block[i], width);
+        Element* to = panel + (cell * kPanel + column) * kGroup;
+        for (int i = 0; i < depth; ++i) store(to + i * kPanel * kGroup, block[i], width);
       }
+    };
+    int64_t cell = 0;
+    if (filled_width == kWidth) {
+      const int64_t whole_cells = (k_end - k_begin) / Cells::kDepth;
+      for (; cell + kBlock <= whole_cells; cell += kBlock) pack_block(cell, kWidth, kBlock, kWidth, kBlock);
+    }
+    for (; cell < cells; cell += kBlock) {
+      const int depth = clip(cells - cell, kBlock);
+      pack_block(cell, width, depth, filled_width, clip(filled_cells - cell, depth));
     }
     if (sums != nullptr) store(sums + column, load(sums + column, width) + total, width);
   }

@@ -6,8 +6,8 @@ namespace warploom::cpu::WARPLOOM_LEVEL {
 
 template <class T>
 static void linear_relu_fwd(const LinearReluForward<T>& args) {
-  const Operand<T> x = {args.x, args.C, /*k_is_contiguous=*/true, /*relu=*/nullptr, args.M, args.C};
-  const Operand<T> weight = {args.weight, args.C, /*k_is_contiguous=*/true, /*relu=*/nullptr, args.F, args.C};
+  const Operand<T, /*kAlongK=*/true> x = {args.x, args.C, args.M, args.C};
+  const Operand<T, /*kAlongK=*/true> weight = {args.weight, args.C, args.F, args.C};
   gemm(x, weight, [&](int64_t m, int64_t f, auto v, auto lanes) {
     if (args.bias != nullptr) v += load(args.bias + f, lanes);
     // max returns its second operand for NaN, and so keeps it.
@@ -18,14 +18,14 @@ static void linear_relu_fwd(const LinearReluForward<T>& args) {
 template <class T>
 static void linear_relu_bwd(const LinearReluBackward<T>& args) {
   const int64_t M = args.M, C = args.C, F = args.F;
-  const Operand<T> dy_by_row = {args.dy, F, /*k_is_contiguous=*/true, /*relu=*/args.y, M, F};
-  const Operand<T> weight_by_column = {args.weight, C, /*k_is_contiguous=*/false, /*relu=*/nullptr, C, F};
+  const Operand<T, /*kAlongK=*/true, /*kRelu=*/true> dy_by_row = {args.dy, F, M, F, args.y};
+  const Operand<T, /*kAlongK=*/false> weight_by_column = {args.weight, C, C, F};
   gemm(dy_by_row, weight_by_column,
        [&](int64_t m, int64_t c, auto v, auto lanes) { store(args.dx + m * C + c, v, lanes); });
 
   auto* dbias = scratch<typename Accumulator<T>::type>(1, F);
-  const Operand<T> dy_by_column = {args.dy, F, /*k_is_contiguous=*/false, /*relu=*/args.y, F, M};
-  const Operand<T> x_by_column = {args.x, C, /*k_is_contiguous=*/false, /*relu=*/nullptr, C, M};
+  const Operand<T, /*kAlongK=*/false, /*kRelu=*/true> dy_by_column = {args.dy, F, F, M, args.y};
+  const Operand<T, /*kAlongK=*/false> x_by_column = {args.x, C, C, M};
   gemm(
       dy_by_column, x_by_column,
       [&](int64_t f, int64_t c, auto v, auto lanes) { store(args.dweight + f * C + c, v, lanes); }, dbias);

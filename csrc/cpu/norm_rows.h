@@ -8,8 +8,14 @@
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
 
-WARPLOOM_INLINE float reciprocal_sqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
-WARPLOOM_INLINE double reciprocal_sqrt(double x) { return 1.0 / __builtin_sqrt(x); }
+// The sum of a vector's lanes over C, in double: once a row it costs little, and what a row has in common must not be
+// the place where its digits are lost.
+template <class V>
+WARPLOOM_INLINE double mean_of(V v, int64_t C) {
+  double total = 0;
+  for (int i = 0; i < kLanes<V>; ++i) total += v[i];
+  return total / static_cast<double>(C);
+}
 
 template <bool kCenter, class T>
 WARPLOOM_INLINE void norm_fwd_row(const NormForward<T>& args, int64_t row) {
@@ -25,34 +31,35 @@ WARPLOOM_INLINE void norm_fwd_row(const NormForward<T>& args, int64_t row) {
     each_vector<V>(C, [&](int64_t i, auto n) { store(stream + i, load(x + i, n) + load(residual + i, n), n); });
     x = stream;  // read back as rounded, since the backward pass will see it so
   }
-  Scalar mean = 0;
+  double exact_mean = 0;
   if constexpr (kCenter) {
     each_vector<V>(C, [&](int64_t i, auto n) { total += load(x + i, n); });
-    mean = sum(total) / static_cast<Scalar>(C);
+    exact_mean = mean_of(total, C);
   }
+  const V rough_mean = broadcast(static_cast<Scalar>(exact_mean));
 
   // The variance from the deviations, not from the sum of squares: a large mean would cancel all its digits. For the
   // same reason the mean of a long row is off by some units in its last place; the deviations' own mean corrects it.
   V squares = {};
   total = V{};
   each_vector<V>(C, [&](int64_t i, auto n) {
-    const V deviation = keep_first(load(x + i, n) - broadcast(mean), n);
+    const V deviation = keep_first(load(x + i, n) - rough_mean, n);
     squares = fma(deviation, deviation, squares);
     if constexpr (kCenter) total += deviation;
   });
-  Scalar variance = sum(squares) / static_cast<Scalar>(C);
+  double variance = mean_of(squares, C);
   if constexpr (kCenter) {
-    const Scalar correction = sum(total) / static_cast<Scalar>(C);
-    mean += correction;
+    const double correction = mean_of(total, C);
+    exact_mean = static_cast<Scalar>(exact_mean) + correction;
     variance -= correction * correction;
-    args.mean[row] = mean;
+    args.mean[row] = static_cast<Scalar>(exact_mean);
   }
-  const Scalar rstd = reciprocal_sqrt(variance + static_cast<Scalar>(args.eps));
-  args.rstd[row] = rstd;
+  args.rstd[row] = static_cast<Scalar>(1.0 / __builtin_sqrt(variance + args.eps));
 
+  const V mean = broadcast(static_cast<Scalar>(exact_mean)), rstd = broadcast(args.rstd[row]);
   T* y = args.y + row * C;
   each_vector<V>(C, [&](int64_t i, auto n) {
-    const V scaled = (load(x + i, n) - broadcast(mean)) * broadcast(rstd) * load(args.weight + i, n);
+    const V scaled = (load(x + i, n) - mean) * rstd * load(args.weight + i, n);
     store(y + i, args.bias == nullptr ? scaled : scaled + load(args.bias + i, n), n);
   });
 }
@@ -88,8 +95,8 @@ WARPLOOM_INLINE void norm_bwd_row(const NormBackward<T>& args, int64_t row, Scal
       store(dbias + i, dy_i + load(dbias + i, n), n);
     }
   });
-  along_x = broadcast(sum(along_x) / static_cast<Scalar>(C));
-  along_one = broadcast(sum(along_one) / static_cast<Scalar>(C));
+  along_x = broadcast(static_cast<Scalar>(mean_of(along_x, C)));
+  along_one = broadcast(static_cast<Scalar>(mean_of(along_one, C)));
 
   T* dx = args.dx + row * C;
   const T* dstream = args.dstream == nullptr ? nullptr : args.dstream + row * C;

@@ -138,7 +138,7 @@ def report_only(report, name, call, args):
 
 
 def kill_at_random_times(action, count, seed, width):
-    """Kill a save at a uniformly drawn time after its start. Return one [outcome, reports, was killed] per trial."""
+    """Kill saves at times drawn from the length of an undisturbed one. Return [outcome, reports, killed] of each."""
     durations = []
     for _ in range(3):
         trial = Trial(action, width, tempfile.gettempdir())
@@ -153,7 +153,7 @@ def kill_at_random_times(action, count, seed, width):
         trial = Trial(action, width, tempfile.gettempdir())
         trial.start(report_only)
         first = os.read(trial.reports, 1)
-        deadline = time.perf_counter() + draw.uniform(0, min(durations))
+        deadline = time.perf_counter() + draw.uniform(0, 0.9 * min(durations))
         seen = first.decode()
         while (left := deadline - time.perf_counter()) > 0 and select.select([trial.reports], [], [], left)[0]:
             chunk = os.read(trial.reports, 65536)

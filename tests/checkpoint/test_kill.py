@@ -10,11 +10,11 @@ def test_random_kills_lose_nothing(in_forks, action, count):
     results = in_forks("kill_at_random_times", action=action, count=count, seed=20, width=200)
     outcomes = collections.Counter(outcome for outcome, _, _ in results)
     assert set(outcomes) <= {"old", "new"}, outcomes
-    # The fault fired: most kills met a save under way, in writes as well as in fsyncs.
+    # The fault fired: most kills met a save under way, each at another of its calls, most before it was committed.
     landed = [seen for _, seen, killed in results if killed and not seen.endswith("d")]
-    assert len(landed) >= count * 2 // 3
-    assert {"w", "f"} <= {seen[-1] for seen in landed}
-    assert outcomes["old"] >= count // 3
+    assert len(landed) >= count // 2
+    assert len({len(seen) for seen in landed}) >= 5
+    assert outcomes["old"] >= count // 4
 
 
 @pytest.mark.parametrize("action", ["save_next_step", "save_same_step"])

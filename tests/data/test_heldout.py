@@ -101,3 +101,4 @@ def test_a_tiny_corpus_still_holds_something_out():
     plan = make_survey(lambda: iter(texts), 0.0001, "auto", ignore)
     held = [text for text in texts if next(sides(text, plan.unit, plan.threshold))[0]]
     assert len(held) == 1
+    assert sorted(plan.sample) == sorted(set(texts) - set(held))

@@ -9,16 +9,20 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from warploom.data import shards
+from warploom.data.dataset import TokenDataset, TokenSplit
 from warploom.data.documents import read_documents
 from warploom.data.heldout import sides
 from warploom.data.loader import Loader
-from warploom.data.shards import TokenDataset, TokenSplit, tokenize_corpus
+from warploom.data.shards import tokenize_corpus
 from warploom.data.token_files import TokenFileWriter, open_token_file, token_dtype
 from warploom.data.tokenizer import END_OF_TEXT, Tokenizer
 from warploom.errors import UserError
@@ -67,7 +71,8 @@ def test_the_figures_are_those_of_the_text(corpus, dataset):
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, workers):
+def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(shards, "_TASK_CHARS", 1000)  # many tasks in flight
     options = {"vocab_size": 400, "heldout_fraction": 0.2, "shard_tokens": 2000}
     one = tokenize_corpus(corpus, tmp_path / "one", workers=1, **options)
     many = tokenize_corpus(corpus, tmp_path / "many", workers=workers, **options)
@@ -193,6 +198,22 @@ def test_the_same_request_is_answered_from_the_folder(copy):
     assert second.train.fingerprint == copy.train.fingerprint
 
 
+def test_two_runs_for_one_folder_build_it_once(corpus, tmp_path):
+    builds = []
+
+    def run(name):
+        def progress(stage, done, total):
+            if stage == "train tokenizer":
+                builds.append(name)
+
+        return tokenize_corpus(corpus, tmp_path / "set", vocab_size=300, heldout_fraction=0.2, progress=progress)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, ("first", "second"))
+    assert len(builds) == 1
+    assert first.train.fingerprint == second.train.fingerprint
+
+
 @pytest.mark.parametrize(
     "change", [{"vocab_size": 310}, {"heldout_fraction": 0.3}, {"heldout_unit": "block"}, {"on_bad_line": "skip"}]
 )
@@ -306,6 +327,26 @@ def test_a_kill_while_replacing_leaves_the_old_or_the_new(copy, moment):
 def test_the_run_that_is_not_killed_completes(corpus, tmp_path):
     assert run_and_kill(corpus, tmp_path / "set", 300, "never") == 0
     TokenDataset(tmp_path / "set").verify()
+
+
+def test_all_is_on_disk_before_it_is_renamed(corpus, tmp_path, monkeypatch):
+    synced, at_rename = [], []
+    fsync, rename = os.fsync, Path.rename
+
+    def record_fsync(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def record_rename(path, target):
+        at_rename.append(sorted(synced))
+        assert sorted(synced) == sorted([path.name, *(file.name for file in path.iterdir())])
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    tokenize_corpus(corpus, tmp_path / "set", vocab_size=300, heldout_fraction=0.2)
+    assert len(at_rename) == 1
+    assert synced[-1] == tmp_path.name, "and the folder that holds the new name after"
 
 
 def test_an_error_leaves_nothing(corpus, tmp_path):

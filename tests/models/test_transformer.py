@@ -351,6 +351,8 @@ def test_positions_by_row_equal_the_default(position):
     assert torch.equal(model(x, positions=torch.arange(6).expand(2, 6)), model(x))
 
 
+# Dynamo instantiates the Function it traces; that is torch's own affair.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("architecture, position", [("decoder", "t5"), ("encoder-decoder", "rotary")])
 def test_the_whole_loss_is_one_graph(architecture, position):
     model, x = build(architecture=architecture, position=position), tokens(2, 9)

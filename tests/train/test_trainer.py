@@ -262,7 +262,7 @@ def test_the_micro_batch_is_found_and_kept_when_the_run_goes_on(tmp_path, monkey
     assert "Memory holds micro batches of 8 sequences." in log.messages
     monkeypatch.setattr("warploom.train.trainer.find_micro_batch_size", None)
     _, resumed = fit(toy_config(tmp_path, steps=4, micro_batch_size=0))
-    assert load_checkpoint(resumed.config.train.out_dir / "step-00000004").meta["micro_batch_size"] == 8
+    assert load_checkpoint(resumed.config.train.out_dir / "step-00000004").meta["progress"]["micro_batch_size"] == 8
 
 
 def full_disk(monkeypatch, fails):
@@ -326,6 +326,22 @@ def test_a_deadline_moves_the_end_of_the_run(tmp_path, monkeypatch):
     assert load_checkpoint(result.checkpoint).step == result.steps
 
 
+def test_a_vocabulary_that_does_not_fit_the_tokens_is_refused(tmp_path, tokens):
+    with pytest.raises(UserError, match="model.vocab_size is 29, and the tokenizer of .* has 300 tokens"):
+        fit(toy_config(tmp_path), data=TokenDataset(tokens))
+
+
+def test_a_gpu_out_of_memory_is_a_sentence(tmp_path, monkeypatch):
+    def loss(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    log = Log()
+    monkeypatch.setattr("warploom.train.trainer.training_step", loss)
+    with pytest.raises(UserError, match="a micro batch of 4 sequences does not fit"):
+        fit(toy_config(tmp_path), monitor=log)
+    assert log.is_closed
+
+
 def test_a_device_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="train.device is 'cuda', but PyTorch finds no CUDA device"):
@@ -334,10 +350,14 @@ def test_a_device_that_is_missing_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch._dynamo and torch._inductor
 def test_compiled_training_gives_the_same_losses(tmp_path):
+    data = ToyData(counting, num_heldout=0)  # an evaluation would be compiled too
     logs = []
     for compile in (False, True):
         log = Log()
-        fit(toy_config(tmp_path / str(compile), steps=3, model={"dropout": 0.0}, compile=compile), monitor=log)
+        config = toy_config(
+            tmp_path / str(compile), steps=3, model={"dropout": 0.0, "num_layers": 1}, compile=compile, keep_best=0
+        )
+        fit(config, data=data, monitor=log)
         logs.append(log)
     plain, compiled = ([record.loss for record in log.steps] for log in logs)
     assert compiled == pytest.approx(plain, rel=1e-4)

@@ -18,7 +18,7 @@ A checkpoint folder is complete as soon as it has its name. It holds regular fil
                             random states that are not tensors, the environment; whatever the trainer put there
     tokenizer.json          the tokenizer as its library wrote it; absent if the run has none
     manifest.json           see below
-    manifest.json.xxh3      one line, "<xxh3_128 of manifest.json>  manifest.json\n", as `xxhsum -H2` writes and checks
+    manifest.json.xxh3      "<xxh3_128 of manifest.json>  manifest.json" and a newline, as `xxhsum -H2` writes it
 
 A .safetensors file is a little-endian uint64 n, n bytes of UTF-8 JSON {name: {"dtype", "shape", "data_offsets"}}, then
 the tensors' bytes, row-major and little-endian, without gaps (https://github.com/huggingface/safetensors). JSON is

@@ -58,8 +58,10 @@ def load_latest(
     device: torch.device | str = "cpu",
     on_skip: Callable[[str], None] = warnings.warn,
 ) -> CheckpointState | None:
-    """Load the newest checkpoint of a run that verifies, or return None if the run has none: latest_checkpoint and
-    load_checkpoint in one, reading each file once."""
+    """Load the newest checkpoint of a run that verifies, or return None if the run has none.
+
+    latest_checkpoint and load_checkpoint in one, without verifying twice. Errors as latest_checkpoint.
+    """
     return _newest(run_dir, lambda path: load_checkpoint(path, device=device), on_skip)
 
 
@@ -119,8 +121,8 @@ def load_weights(
 ) -> None:
     """Copy weights into a model, whose state_dict must have exactly these names and shapes (dtypes are cast).
 
-    A model on the meta device takes the tensors themselves instead. Raises UserError listing every name and shape that
-    differs. NaN or infinite weights are refused likewise; with on_warning it gets the sentence and they are loaded.
+    A model on the meta device takes the tensors themselves instead. Raises UserError listing the names and shapes that
+    differ. NaN or infinite weights are refused likewise; with on_warning it gets the sentence and they are loaded.
     """
     own = model.state_dict()
     differences = [f"{name} is missing from the checkpoint" for name in own if name not in weights]

@@ -11,8 +11,8 @@ import torch
 import tyro
 
 from warploom.evaluate.perplexity import evaluate
+from warploom.train.device import choose_device
 from warploom.train.load_model import load_model
-from warploom.train.trainer import choose_device
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from warploom.errors import UserError
 from warploom.generate.beam import beam_search
 from warploom.generate.distribution import SamplingConfig
 from warploom.generate.sampler import generate, pad_right
+from warploom.train.device import choose_device
 from warploom.train.load_model import LoadedModel, load_model
-from warploom.train.trainer import choose_device
 
 
 @dataclass(frozen=True)

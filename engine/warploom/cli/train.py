@@ -16,10 +16,10 @@ from warploom.models.presets import preset
 from warploom.optim import OptimizerConfig, ScheduleConfig
 from warploom.train.budget import parse_duration
 from warploom.train.config import RunConfig, TrainConfig
+from warploom.train.device import choose_device, choose_dtype
 from warploom.train.estimate import estimate
 from warploom.train.monitor import format_duration
 from warploom.train.run import TextConfig, TextRun, train_on_text
-from warploom.train.trainer import choose_device, choose_dtype
 
 
 @dataclass(frozen=True)

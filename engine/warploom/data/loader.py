@@ -1,4 +1,4 @@
-"""Loader: batches of windows over a split, in an order that a seed decides and eight numbers restore.
+"""Loader: batches of windows over a split, in an order that a seed decides and two numbers restore.
 
 A split is read as a ring of N tokens: <|endoftext|> doc 1 <|endoftext|> doc 2 ... and round to the first token again.
 A window is seq_len inputs and, one further, seq_len targets. An epoch has N // seq_len windows that do not overlap, so
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from warploom.data.shards import TokenSplit
+from warploom.data.dataset import TokenSplit
 from warploom.errors import UserError
 
 IGNORE_INDEX = -100
@@ -172,11 +172,15 @@ def _batch(
     if separate_documents:
         cuts = _document_cuts(split, starts, T)
         positions = (np.arange(B * T) - np.repeat(cuts[:-1], np.diff(cuts))).reshape(B, T)
-        cu_seqlens = torch.from_numpy(cuts.astype(np.int32))
     else:
-        positions, cu_seqlens = np.tile(np.arange(T), (B, 1)), None
-    tokens, targets = torch.from_numpy(tokens), torch.from_numpy(targets)
-    return Batch(tokens, targets, torch.from_numpy(positions), cu_seqlens, num_bytes)
+        cuts, positions = None, np.tile(np.arange(T), (B, 1))
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=None if cuts is None else torch.from_numpy(cuts.astype(np.int32)),
+        num_bytes=num_bytes,
+    )
 
 
 def _document_cuts(split: TokenSplit, starts: np.ndarray, T: int) -> np.ndarray:

@@ -44,11 +44,9 @@ class TokenFileWriter:
         self.count += len(values)
 
     def close(self) -> dict[str, Any]:
-        """Write the header, force the file to disk and return its entry for the manifest."""
+        """Write the header and return the file's entry for the manifest."""
         self._file.seek(0)
         self._file.write(_HEADER.pack(MAGIC, VERSION, self._dtype.itemsize, self.count, 0))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         return {
             "file": self._path.name,

@@ -325,10 +325,6 @@ OP = Op(
             kernels={s: _extension.cpu_kernel(f"attention_{s}") for s in _SCHEMAS},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("attention_fwd", "attention_bwd"),
-            refuses={
-                "fwd": lambda q, k, v, bias, *_: None if bias is None else "it does not take a bias",
-                "bwd": lambda do, q, k, v, o, lse, bias, *_: None if bias is None else "it does not take a bias",
-            },
         ),
     },
     cases=(
@@ -355,6 +351,12 @@ OP = Op(
         Case("packed_full", _case(1, 2, 150, 32, offsets=[0, 70, 73, 150])),
         Case("packed_bias", _case(1, 2, 150, 32, offsets=[0, 70, 73, 150], causal=True, bias_heads=2)),
         Case("bias", _case(2, 3, 67, 32, S=90, bias_heads=3, causal=True)),
+        Case(
+            "float32_bias",
+            _case(2, 2, 40, 32, bias_heads=2, causal=True),
+            dtypes=(torch.bfloat16, torch.float16),
+            wide=("bias",),
+        ),
         # Scores in the hundreds: exp overflows unless the running maximum is taken out first.
         Case("large_scores", _case(1, 2, 90, 64, causal=True, spread=30.0)),
     ),

@@ -15,8 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
-# Logits held at a time. 4 Mi float32 elements are 16 MiB: 512 rows of an 8192-word vocabulary, 83 of 50304 words.
+# Rows of logits held at a time: as many as make CHUNK_ELEMENTS, 16 MiB of float32, but at least CHUNK_ROWS. Each chunk
+# reads and writes all of dweight, V x C, beside a few passes over its V x rows logits: with rows well above C / 3 that is
+# lost among them. Measured on one core of a Sapphire Rapids: docs/performance.md.
 CHUNK_ELEMENTS = 1 << 22
+CHUNK_ROWS = 512
 
 
 def linear_cross_entropy(
@@ -105,41 +108,43 @@ def _check_values(hidden, weight, targets, ignore_index, need_dhidden, need_dwei
 def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
     V, C = weight.shape
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    narrow = hidden.dtype != wide
-    x = hidden.reshape(-1, C)
+    kept = (targets != ignore_index).reshape(-1, 1)  # (N, 1)
+    targets = targets.reshape(-1, 1).where(kept, 0)
+    # With hidden zero, an ignored row adds nothing to dweight, at the cost of a pass over C columns instead of V.
+    x = hidden.reshape(-1, C).where(kept, 0.0)
     w = weight.to(hidden.dtype)
-    targets = targets.reshape(-1, 1)
-    kept = targets != ignore_index  # (N, 1)
-    safe_targets = targets.where(kept, 0)
     N = x.shape[0]
+    chunk = min(N, max(CHUNK_ELEMENTS // V, CHUNK_ROWS))
 
+    products = x.new_empty(chunk, V)
+    buffer = products if hidden.dtype == wide else products.to(wide)
     loss = torch.zeros((), dtype=wide, device=x.device)
     dhidden = x.new_empty((N, C) if need_dhidden else 0)
     dweight = torch.zeros((V, C) if need_dweight else 0, dtype=wide, device=x.device)
-    chunk = min(N, max(1, CHUNK_ELEMENTS // max(V, 1)))
-    products = x.new_empty(chunk, V)
-    buffer = torch.empty_like(products, dtype=wide) if narrow else products
+    partial = torch.empty_like(w) if need_dweight and hidden.dtype != wide else None
     for start in range(0, N, max(chunk, 1)):
         rows = slice(start, min(start + chunk, N))
         n = rows.stop - rows.start
         logits = torch.mm(x[rows], w.mT, out=products[:n])  # (n, V)
-        if narrow:
+        if logits.dtype != wide:
             logits = buffer[:n].copy_(logits)
         log_p = torch.log_softmax(logits, 1, out=logits)
-        loss -= log_p.gather(1, safe_targets[rows]).mul_(kept[rows]).sum()
+        loss -= log_p.gather(1, targets[rows]).where(kept[rows], 0.0).sum()
         if not (need_dhidden or need_dweight):
             continue
-        dlogits = log_p.exp_().mul_(kept[rows])
-        dlogits.scatter_add_(1, safe_targets[rows], kept[rows].to(wide).neg_())
-        if narrow:
+        dlogits = log_p.exp_()
+        dlogits.scatter_add_(1, targets[rows], dlogits.new_full((n, 1), -1.0))
+        if dlogits.dtype != x.dtype:
             dlogits = products[:n].copy_(dlogits)
         if need_dhidden:
-            torch.mm(dlogits, w, out=dhidden[rows])
-        if need_dweight and narrow:
-            dweight += dlogits.mT @ x[rows]
+            torch.mm(dlogits, w, out=dhidden[rows]).mul_(kept[rows])
+        if partial is not None:
+            # A product in hidden's dtype is rounded to it; adding the chunks up in it would round once more per chunk.
+            dweight += torch.mm(dlogits.mT, x[rows], out=partial)
         elif need_dweight:
             dweight.addmm_(dlogits.mT, x[rows])
-    return loss, kept.sum().to(wide), dhidden.view(hidden.shape) if need_dhidden else dhidden, dweight.to(weight.dtype)
+    dhidden = dhidden.view(hidden.shape) if need_dhidden else dhidden
+    return loss, kept.sum().to(wide), dhidden, dweight.to(weight.dtype)
 
 
 def _fake_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
@@ -198,7 +203,8 @@ OP = Op(
         Case("no_rows_sum", _case(0, C=4, V=5, reduction="sum")),
         Case("all_ignored_sum", _case(2, C=4, V=5, reduction="sum", ignored=(0, 1))),
         Case("batched", _case(3, 17, C=48, V=257, ignored=(2, 50))),
-        Case("several_chunks", _case(9, C=8, V=1_200_007, reduction="sum"), dtypes=(torch.float32, torch.bfloat16)),
+        Case("float32_weight", _case(40, C=48, V=300), dtypes=(torch.bfloat16,), wide=("weight",)),
+        Case("several_chunks", _case(520, C=8, V=8200, reduction="sum"), dtypes=(torch.float32, torch.bfloat16)),
         # Logits in the hundreds: probabilities underflow to 0 while the loss must stay finite.
         Case("large_logits", _case(20, C=32, V=64, spread=200.0)),
     ),

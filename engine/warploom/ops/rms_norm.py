@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from warploom.ops import _extension
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 
@@ -47,6 +48,7 @@ class _RMSNorm(torch.autograd.Function):
         return y, stream
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dstream):
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = torch.ops.warploom.rms_norm_bwd(dy, dstream if ctx.has_residual else None, x, weight, rstd)
@@ -97,6 +99,12 @@ def _fake_bwd(dy, dstream, x, weight, rstd):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
+def _triton_refuses(x):
+    if x.shape[-1] > 65536:
+        return f"its rows hold at most 65536 elements, got {x.shape[-1]}"
+    return _triton.refuses_tensor(x)
+
+
 def _case(*shape, residual=False, scale=1.0):
     def make(generator):
         def draw(*size):
@@ -127,7 +135,13 @@ OP = Op(
         "cpu": Backend(
             kernels={s: _extension.cpu_kernel(f"rms_norm_{s}") for s in _SCHEMAS},
             devices=("cpu",),
-            missing=lambda: _extension.missing,
+            missing=lambda: _extension.why_missing("rms_norm_fwd", "rms_norm_bwd"),
+        ),
+        "triton": Backend(
+            kernels={s: _triton.launcher("rms_norm", f"launch_rms_norm_{s}") for s in _SCHEMAS},
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={"fwd": lambda x, *_: _triton_refuses(x), "bwd": lambda dy, dstream, x, *_: _triton_refuses(x)},
         ),
     },
     cases=(

@@ -37,22 +37,28 @@ def find_micro_batch_size(
 
 
 def _by_trial(run_step: Callable[[int], None], sizes: list[int], device: torch.device, reserve_bytes: int) -> int:
-    largest = 0
-    try:
-        reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
-        for size in sizes:
-            run_step(size)
-            largest = size
-    except torch.OutOfMemoryError:
-        pass  # the size before is the largest that fits
-    reserve = None  # noqa: F841 (free it)
-    gc.collect()  # the failed step's frames hold its activations
+    largest = _largest_without_error(run_step, sizes, device, reserve_bytes)
+    gc.collect()  # the failed step's frames held its activations
     torch.cuda.empty_cache()
     if not largest:
         raise UserError(
             f"one sequence does not fit the memory of {torch.cuda.get_device_name(device)}; give a smaller model, a "
             "smaller train.seq_len or train.grad_checkpointing"
         )
+    return largest
+
+
+def _largest_without_error(
+    run_step: Callable[[int], None], sizes: list[int], device: torch.device, reserve_bytes: int
+) -> int:
+    largest = 0
+    try:
+        _reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
+        for size in sizes:
+            run_step(size)
+            largest = size
+    except torch.OutOfMemoryError:
+        pass
     return largest
 
 

@@ -58,12 +58,16 @@ _SCHEDULE = ScheduleConfig(kind="wsd", decay_fraction=0.6, min_lr_ratio=0.0)
 _USUAL_SHARE = 0.3  # of the matrix rate that a training step reaches; assumed until a size was timed
 _MEMORY_SHARE = 0.5  # of what is free, for the estimate to stay below
 
-# After the last step come an evaluation, a checkpoint, the samples and the report: a share of the time, and seconds.
-_RESERVE, _RESERVE_S = 0.02, 4.0
-_LEAST_TRAIN_S = 5.0
+# Evaluations: how many, and of how many tokens, as shares of the run's. Without a backward pass a token costs a third,
+# so that all of them together cost a twentieth of the time at most.
 _EVALUATIONS = 10
-_EVAL_SHARE = 0.01  # of the run's tokens, per evaluation; without a backward pass it costs a third of their training
-_LEAST_EVAL_TOKENS, _MOST_EVAL_TOKENS = 20_000, 1_000_000
+_EVAL_SHARE, _MOST_EVAL_SHARE, _ALL_EVALS_SHARE = 0.01, 0.1, 0.15
+_WANTED_EVAL_TOKENS, _MOST_EVAL_TOKENS = 20_000, 1_000_000
+_EVAL_COST = 1 / 3
+
+# After the last step come an evaluation, which is reckoned, and checkpoint, samples and report: so much for those.
+_RESERVE, _RESERVE_S = 0.02, 3.0
+_LEAST_TRAIN_S = 5.0
 
 # Moments, as shares of the run, at which the number of steps is set anew from the pace since the one before. The first
 # comes early, when the schedule is still flat; the last bounds what a late change of pace can do.
@@ -152,14 +156,14 @@ class BudgetPlan:
 def plan(left_s: float, corpus: Corpus, machine: Machine, step_timer: StepTimer) -> BudgetPlan:
     """Choose everything about a run that is to be over, report included, in `left_s` seconds.
 
-    step_timer is called for the few sizes around the best; what that costs is the caller's to subtract. Raises UserError
-    if too little time is left for any training.
+    step_timer is called for the few sizes around the best; what that costs is the caller's to subtract. Raises
+    UserError if too little time is left for any training.
     """
     train_s = left_s * (1 - _RESERVE) - _RESERVE_S
     if train_s < _LEAST_TRAIN_S:
         raise UserError(
-            f"budget leaves {max(0.0, train_s):.0f} s for training once the text is prepared, where {_LEAST_TRAIN_S:.0f} s "
-            "is the least; give a larger one (a second run into the same folder finds the text prepared)"
+            f"budget leaves {max(0.0, train_s):.0f} s for training once the text is prepared, and the least is "
+            f"{_LEAST_TRAIN_S:.0f} s; give a larger one (the same folder keeps the prepared text for a second run)"
         )
     dtype = max(machine.matmul_flops, key=lambda dtype: machine.matmul_flops[dtype])
     timed: dict[int, Candidate] = {}
@@ -177,7 +181,8 @@ def plan(left_s: float, corpus: Corpus, machine: Machine, step_timer: StepTimer)
         best = better
     chosen = timed[best]
     candidates = tuple(timed[index] for index in sorted(timed))
-    eval_tokens = round(min(_MOST_EVAL_TOKENS, max(_LEAST_EVAL_TOKENS, chosen.tokens * _EVAL_SHARE)))
+    eval_tokens, evaluations = _evaluations(chosen.tokens)
+    last_evaluation_s = _EVAL_COST * eval_tokens / chosen.tokens_per_s
     return BudgetPlan(
         model=chosen.model,
         optimizer=optimizer_for(chosen.model),
@@ -185,9 +190,9 @@ def plan(left_s: float, corpus: Corpus, machine: Machine, step_timer: StepTimer)
         batch=chosen.batch,
         dtype=dtype,
         steps=chosen.steps,
-        eval_every=max(1, chosen.steps // _EVALUATIONS),
+        eval_every=-(-chosen.steps // evaluations),
         eval_tokens=eval_tokens,
-        reserve_s=left_s - train_s,
+        reserve_s=left_s - train_s + last_evaluation_s,
         candidates=candidates,
         explanation=tuple(_explain(chosen, candidates, train_s, corpus, machine, dtype)),
     )
@@ -235,7 +240,9 @@ def _candidate(
     model = _model(index, corpus.vocab_size)
     batch = _batch(model, _guessed_tokens(model, train_s, machine.matmul_flops[dtype]), machine, dtype)
     step_s = step_timer(model, batch, dtype)
-    steps = max(1, int(train_s * (1 - _EVALUATIONS * _EVAL_SHARE / 3) / step_s))
+    eval_tokens, evaluations = _evaluations(train_s / step_s * batch.tokens)
+    evaluations_s = evaluations * _EVAL_COST * eval_tokens * step_s / batch.tokens
+    steps = max(1, int((train_s - evaluations_s) / step_s))
     tokens = steps * batch.tokens
     dropout = next(dropout for limit, dropout in _DROPOUTS if tokens < limit * corpus.num_tokens)
     return Candidate(
@@ -246,6 +253,13 @@ def _candidate(
         steps=steps,
         expected_loss=expected_loss(_num_hidden(model), tokens, corpus.num_tokens),
     )
+
+
+def _evaluations(run_tokens: float) -> tuple[int, int]:
+    """Tokens of one evaluation, and how many evaluations, of a run of so many tokens."""
+    tokens = max(_EVAL_SHARE * run_tokens, min(_WANTED_EVAL_TOKENS, _MOST_EVAL_SHARE * run_tokens))
+    tokens = min(_MOST_EVAL_TOKENS, tokens)
+    return math.ceil(tokens), max(1, min(_EVALUATIONS, int(_ALL_EVALS_SHARE * run_tokens / tokens)))
 
 
 def _model(index: int, vocab_size: int) -> TransformerConfig:

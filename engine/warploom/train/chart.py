@@ -61,7 +61,7 @@ def line_chart(
         y = at((x_low, tick)).split(",")[1]
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y}" text-anchor="end" dy="0.35em">{value(tick)}</text>')
-    for tick in (tick for tick in ticks(x_low, x_high, width // 90) if tick <= x_high):
+    for tick in (tick for tick in ticks(x_low, x_high, width // 90) if tick <= x_high and tick == round(tick)):
         x = at((tick, y_low)).split(",")[0]
         parts.append(f'<text class="tick" x="{x}" y="{height - 10}" text-anchor="middle">{tick:,.0f}</text>')
     # A nested svg clips what leaves it, and needs no id that two charts of one page could share.

@@ -26,11 +26,12 @@ from warploom.models.transformer import Transformer
 from warploom.ops import _extension
 from warploom.train.budget import BudgetPlan, vocab_size
 from warploom.train.config import RunConfig
+from warploom.train.device import choose_device
 from warploom.train.load_model import load_model
 from warploom.train.monitor import Monitor
 from warploom.train.probe import plan_on_this_machine
 from warploom.train.report import Sample, write_report
-from warploom.train.trainer import Trainer, TrainResult, choose_device
+from warploom.train.trainer import Trainer, TrainResult
 
 SAMPLE_TEMPERATURES = (0.2, 0.7, 1.0)
 _PROMPT_TOKENS = 12

@@ -1,9 +1,4 @@
-"""The trainer: everything around the training step. Evaluation, checkpoints, resuming, early stopping, interruption.
-
-At a step boundary the whole state of a run is the weights, the optimizers, the position of the data, the random
-states and a Progress; all of it goes into each checkpoint, so a run that was killed goes on bit for bit as if it had
-not been.
-"""
+"""The trainer: everything around the training step. Evaluation, checkpoints, early stopping, interruption."""
 
 from __future__ import annotations
 
@@ -13,20 +8,15 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from warploom.checkpoint import environment, rng
-from warploom.checkpoint.format import CheckpointState, folder_name, list_checkpoints, step_of
-from warploom.checkpoint.load import differing_fields, find_checkpoint, load_checkpoint, load_latest, load_weights
+from warploom.checkpoint.format import list_checkpoints, step_of
 from warploom.checkpoint.lock import RunLock
-from warploom.checkpoint.optimizer import flatten_optimizer, restore_optimizer
 from warploom.checkpoint.retention import apply_retention
 from warploom.checkpoint.save import SaveFailed, save_checkpoint
 from warploom.data.shards import TokenDataset
@@ -34,15 +24,17 @@ from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
 from warploom.models.transformer import Transformer
 from warploom.optim import build_optimizers, lr_multiplier
-from warploom.train import matmul_rate
+from warploom.train import matmul_rate, run_state
 from warploom.train.batch_size import find_micro_batch_size
 from warploom.train.batches import TokenData, TrainingData, inputs_to
 from warploom.train.budget import corrected_steps, is_correction_due
 from warploom.train.config import RunConfig
+from warploom.train.device import choose_device, choose_dtype
 from warploom.train.diagnosis import diagnose
 from warploom.train.guard import StopSignals
 from warploom.train.heldout import heldout_loss
 from warploom.train.monitor import EvalRecord, Monitor, RunInfo, StepRecord, memory_bytes
+from warploom.train.run_state import Progress
 from warploom.train.step import StepOutcome, training_step
 
 
@@ -67,31 +59,13 @@ class TrainResult:
     """What the curve says about overfitting and underfitting."""
 
 
-@dataclass
-class Progress:
-    """The counters of a run, plain JSON values. They belong to the state that a checkpoint restores."""
-
-    num_steps: int  # where the run ends; a time budget may move it
-    step: int = 0  # global batches seen, skipped ones included
-    tokens: int = 0
-    skipped_steps: int = 0
-    nonfinite_in_a_row: int = 0
-    train_loss_sum: float = 0.0  # since the last evaluation
-    train_loss_steps: int = 0
-    evaluated_step: int = 0
-    best_loss: float | None = None
-    best_step: int = 0
-    evaluations_since_best: int = 0
-    curve: list[dict[str, Any]] = field(default_factory=list)
-
-
 class Trainer:
     """Trains a model on data as config.train, config.optimizer and config.schedule say.
 
-    data is a TokenDataset or any TrainingData. The tokenizer goes into the checkpoints. Without a monitor the run is
-    silent. With a deadline, a moment of time.monotonic(), the number of steps is corrected to the pace of the run so
-    that the last step, evaluations and checkpoints in between included, is done by then. The run folder is
-    config.train.out_dir; only one trainer at a time can work in it.
+    data is a TokenDataset or any TrainingData. The tokenizer, by default the data set's, goes into the checkpoints.
+    Without a monitor the run is silent. The run folder is config.train.out_dir; only one trainer at a time can work in
+    it. With a deadline, a moment of time.monotonic(), the number of steps is corrected to the pace of the run, so that
+    the last step, with the evaluations and checkpoints before it, is done by then.
     """
 
     def __init__(
@@ -104,6 +78,14 @@ class Trainer:
         monitor: Monitor | None = None,
         deadline: float | None = None,
     ) -> None:
+        if isinstance(data, TokenDataset):
+            tokenizer = tokenizer or data.tokenizer
+            data.require_tokenizer(tokenizer)
+            if tokenizer.vocab_size > model.config.vocab_size:
+                raise UserError(
+                    f"model.vocab_size is {model.config.vocab_size}, and the tokenizer of {data.folder} has "
+                    f"{tokenizer.vocab_size} tokens; make them equal"
+                )
         self.model, self.config = model, config
         self._data = TokenData(data, config.train) if isinstance(data, TokenDataset) else data
         self._tokenizer, self._monitor, self._deadline = tokenizer, monitor, deadline
@@ -118,20 +100,24 @@ class Trainer:
         """Train to the end, or until early stopping or a signal ends the run; a checkpoint is the last thing written.
 
         Raises UserError if the run folder is in use or holds another run, if too many steps in a row were not finite,
-        and if the last checkpoint cannot be written. A checkpoint in between that cannot be (a full disk) is reported,
-        the run goes on, and the next one is tried at its time.
+        if a GPU's memory is too small, and if the last checkpoint cannot be written. A checkpoint in between that
+        cannot be (a full disk) is reported, the run goes on, and the next one is tried at its time.
         """
         out_dir = self.config.train.out_dir
         with RunLock(out_dir), StopSignals() as signals:
             self._set_up()
             try:
                 self._start_monitor()
-                stopped_because = self._loop(signals)
-                result = self._result(stopped_because, signals)
+                result = self._result(*self._loop(signals))
                 if self._monitor is not None:
                     for warning in result.warnings:
                         self._monitor.message(warning)
                     self._monitor.finish(result)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"a micro batch of {self.progress.micro_batch_size} sequences does not fit the GPU's memory; give "
+                    "train.micro_batch_size 0 to have it found, or train.grad_checkpointing"
+                ) from error
             finally:
                 if self._monitor is not None:
                     self._monitor.close()
@@ -151,16 +137,20 @@ class Trainer:
         self._loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if train.compile else loss_sum
         # Muon's products follow the compute type: who trains in bfloat16 has fast products for it.
         self._optimizers = build_optimizers(self.model, self.config.optimizer, muon_dtype=self._dtype)
-        self.progress = Progress(num_steps=self._planned_steps)
-        state = self._state_to_resume()
-        if state is None:
-            self._micro_batch_size = train.micro_batch_size or self._find_micro_batch_size()
-            self._stream = self._data.train_batches(self._micro_batch_size)
+        found = run_state.find_state(train, self._message)
+        if found is None:
+            self.progress = Progress(self._planned_steps, train.micro_batch_size or self._find_micro_batch_size())
+            self._stream = self._data.train_batches(self.progress.micro_batch_size)
             random.seed(train.seed)
             numpy.random.seed(train.seed % 2**32)
             torch.manual_seed(train.seed)
         else:
-            self._restore(state)
+            self._checkpoint, state = found
+            self.progress = run_state.restore(
+                *found, self.model, self._optimizers, self.config, self._planned_steps, self._message
+            )
+            self._stream = self._data.train_batches(self.progress.micro_batch_size)
+            self._stream.load_state_dict(state.meta["loader"])
         self._saved = (self.progress.step, self.progress.evaluated_step)
 
     def _start_monitor(self) -> None:
@@ -180,8 +170,8 @@ class Trainer:
             )
         )
 
-    def _loop(self, signals: StopSignals) -> str:
-        """Step, evaluate and save until something ends the run; return what did."""
+    def _loop(self, signals: StopSignals) -> tuple[str, int | None]:
+        """Step, evaluate and save until something ends the run; return what did, and the signal if it was one."""
         train, progress = self.config.train, self.progress
         self._interval_s, self._interval_steps, self._interval_tokens = 0.0, 0, 0
         self._paced_since = (time.monotonic(), progress.step)
@@ -190,8 +180,9 @@ class Trainer:
             if progress.step > progress.evaluated_step and (is_last or progress.step % train.eval_every == 0):
                 self._evaluate(signals)
             stopped_because = None
-            if signals.received is not None:
-                stopped_because = f"{signals.received.name} received"
+            signal = signals.received  # looked at once: a later one shall not end a run that is over
+            if signal is not None:
+                stopped_because = f"{signal.name} received"
             elif is_last:
                 stopped_because = "all steps are done"
             elif train.patience and progress.evaluations_since_best >= train.patience:
@@ -201,7 +192,7 @@ class Trainer:
             if is_due and (progress.step, progress.evaluated_step) != self._saved:
                 self._save(is_final=stopped_because is not None)
             if stopped_because is not None:
-                return stopped_because
+                return stopped_because, signal
             self._step()
             if self._deadline is not None:
                 self._keep_to(self._deadline)
@@ -226,7 +217,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
         started = time.perf_counter()
-        micro_batches = [next(self._stream) for _ in range(train.global_batch_size // self._micro_batch_size)]
+        micro_batches = [next(self._stream) for _ in range(train.global_batch_size // progress.micro_batch_size)]
         outcome = training_step(
             self._loss_sum, micro_batches, self._parameters, self._optimizers, grad_clip=train.grad_clip
         )
@@ -279,7 +270,7 @@ class Trainer:
         self.model.eval()
         result = heldout_loss(
             self._loss_sum,
-            self._data.heldout_batches(self._micro_batch_size),
+            self._data.heldout_batches(self.progress.micro_batch_size),
             self._device,
             stop=lambda: signals.received is not None,
         )
@@ -296,7 +287,7 @@ class Trainer:
         progress.train_loss_sum, progress.train_loss_steps = 0.0, 0
         progress.evaluated_step = progress.step
         progress.curve.append(dataclasses.asdict(record))
-        if progress.best_loss is None or result.loss < progress.best_loss:
+        if math.isfinite(result.loss) and (progress.best_loss is None or result.loss < progress.best_loss):
             progress.best_loss, progress.best_step, progress.evaluations_since_best = result.loss, progress.step, 0
         else:
             progress.evaluations_since_best += 1
@@ -305,33 +296,7 @@ class Trainer:
 
     def _save(self, *, is_final: bool) -> None:
         train, progress = self.config.train, self.progress
-        random_tensors, random_values = rng.capture()
-        optimizer_values: dict[str, Any] = {}
-        meta = {
-            "config": self.config.to_dict(),
-            "progress": dataclasses.asdict(progress),
-            "loader": self._stream.state_dict(),
-            "micro_batch_size": self._micro_batch_size,
-            "environment": environment.capture(),
-            "rng": random_values,
-            "optimizer": optimizer_values,
-        }
-        optimizer_tensors: dict[str, Tensor] = {}
-        for optimizer in self._optimizers:
-            name = _name(optimizer)
-            tensors, optimizer_values[name] = flatten_optimizer(
-                optimizer, self.model.named_parameters(), prefix=f"{name}/"
-            )
-            optimizer_tensors.update(tensors)
-        state = CheckpointState(
-            step=progress.step,
-            weights=self.model.state_dict(),
-            optimizer=optimizer_tensors,
-            meta=meta,
-            rng=random_tensors,
-            tokenizer=self._tokenizer.to_bytes() if self._tokenizer is not None else None,
-            heldout_loss=progress.curve[-1]["heldout_loss"] if progress.evaluated_step == progress.step > 0 else None,
-        )
+        state = run_state.capture(progress, self.model, self._optimizers, self._stream, self.config, self._tokenizer)
         try:
             self._checkpoint = save_checkpoint(train.out_dir, state)
             apply_retention(train.out_dir, train.keep_last, train.keep_best)
@@ -341,59 +306,6 @@ class Trainer:
             self._message(f"{error} The run goes on, and the next checkpoint will be tried at its time.")
         else:
             self._saved = (progress.step, progress.evaluated_step)
-
-    def _state_to_resume(self) -> CheckpointState | None:
-        """Load the checkpoint this run goes on from, None for a new run; refuse what would mix two runs."""
-        train = self.config.train
-        if train.resume == "auto":
-            state = load_latest(train.out_dir, on_skip=self._message)
-            self._checkpoint = None if state is None else train.out_dir / folder_name(state.step)
-            return state
-        self._checkpoint = None if train.resume == "never" else find_checkpoint(train.resume, self._message)
-        state = None if self._checkpoint is None else load_checkpoint(self._checkpoint)
-        existing = list_checkpoints(train.out_dir)
-        if existing and (state is None or (step_of(existing[0].name) or 0) > state.step):
-            raise UserError(
-                f"train.out_dir {train.out_dir} already holds {existing[0].name}, which train.resume {train.resume!r} "
-                "would mix with another run; choose another out_dir, or resume 'auto' to go on from there"
-            )
-        return state
-
-    def _restore(self, state: CheckpointState) -> None:
-        """Take over the state of a run; raise UserError if it was another run."""
-        changed = differing_fields(state.meta["config"], self.config.to_dict())
-        fatal = [line for line in changed if line.startswith(_FIXED_FOR_A_RUN)]
-        if fatal:
-            raise UserError(
-                f"{self._checkpoint} was trained with other settings "
-                f"({'; '.join(fatal)}); set them back, or choose another out_dir"
-            )
-        load_weights(self.model, state.weights)
-        for optimizer in self._optimizers:
-            configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            restore_optimizer(
-                optimizer,
-                state.optimizer,
-                state.meta["optimizer"][_name(optimizer)],
-                self.model.named_parameters(),
-                prefix=f"{_name(optimizer)}/",
-            )
-            for group, options in zip(optimizer.param_groups, configured, strict=True):
-                group.update(options)  # this run's settings win; which of them changed is said below
-        self._micro_batch_size = self.config.train.micro_batch_size or state.meta["micro_batch_size"]
-        self._stream = self._data.train_batches(self._micro_batch_size)
-        self._stream.load_state_dict(state.meta["loader"])
-        self.progress = Progress(**state.meta["progress"])
-        if any(line.startswith(("train.steps:", "train.epochs:")) for line in changed):
-            self.progress.num_steps = self._planned_steps
-        self._message(f"Going on from step {state.step:,}.")
-        for line in changed:
-            if not line.startswith(_OF_NO_CONSEQUENCE):
-                self._message(f"Changed since then: {line}.")
-        if (warning := environment.warning(state.meta["environment"])) is not None:
-            self._message(warning)
-        for warning in rng.restore(state.rng, state.meta["rng"]):  # last: nothing else may draw before the first step
-            self._message(warning)
 
     def _find_micro_batch_size(self) -> int:
         def run_step(size: int) -> None:
@@ -409,7 +321,7 @@ class Trainer:
         self._message(f"Memory holds micro batches of {size} sequences.")
         return size
 
-    def _result(self, stopped_because: str, signals: StopSignals) -> TrainResult:
+    def _result(self, stopped_because: str, stop_signal: int | None) -> TrainResult:
         progress = self.progress
         curve = [EvalRecord(**record) for record in progress.curve]
         kept = {step_of(path.name): path for path in list_checkpoints(self.config.train.out_dir)}
@@ -421,7 +333,7 @@ class Trainer:
             bits_per_byte=curve[-1].bits_per_byte if curve else math.nan,
             best_heldout_loss=math.nan if progress.best_loss is None else progress.best_loss,
             stopped_because=stopped_because,
-            stop_signal=signals.received,
+            stop_signal=stop_signal,
             checkpoint=self._checkpoint,
             best_checkpoint=kept.get(progress.best_step),
             warnings=tuple(diagnose(curve)),
@@ -430,30 +342,3 @@ class Trainer:
     def _message(self, text: str) -> None:
         if self._monitor is not None:
             self._monitor.message(text)
-
-
-# Settings that decide the meaning of what a checkpoint holds: shapes, optimizer state, position in the data.
-_FIXED_FOR_A_RUN = (
-    "model.",
-    "optimizer.name:",
-    *(f"train.{name}:" for name in ("seed", "seq_len", "global_batch_size", "separate_documents")),
-)
-_OF_NO_CONSEQUENCE = ("train.out_dir:", "train.resume:", "train.log_every:", "train.sample_prompts:")
-
-
-def _name(optimizer: Optimizer) -> str:
-    return type(optimizer).__name__.lower()
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is 'cuda', but PyTorch finds no CUDA device here; give 'cpu' or 'auto'")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

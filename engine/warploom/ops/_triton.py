@@ -1,0 +1,47 @@
+"""Reaches the Triton kernels of warploom_kernels without importing Triton before one of them runs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def missing() -> str | None:
+    """Say why no Triton kernel can run in this process, None if one can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'warploom[triton]'"
+    if not torch.cuda.is_available() and not interpreting():
+        return "there is no NVIDIA GPU (TRITON_INTERPRET=1 runs the kernel on the CPU, slowly)"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on, which runs kernels on CPU tensors."""
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def refuses_tensor(tensor: torch.Tensor) -> str | None:
+    """Say why no Triton kernel takes this tensor, None if one can."""
+    if tensor.dtype == torch.float64:
+        return "it computes in float32, not in float64"
+    if tensor.device.type == "cpu" and not interpreting():
+        return "it runs on CPU tensors only under TRITON_INTERPRET=1"
+    return None
+
+
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """Return warploom_kernels.<module>.<name>, imported at its first call."""
+    resolved: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal resolved
+        if resolved is None:
+            resolved = getattr(importlib.import_module(f"warploom_kernels.{module}"), name)
+        return resolved(*args)
+
+    call.__name__ = name
+    return call

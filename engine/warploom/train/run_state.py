@@ -1,0 +1,152 @@
+"""Everything that a run is at a step boundary, into a checkpoint and back, so that it goes on bit for bit.
+
+That is the weights, the optimizers, the position in the data, the random states and the counters. The schedule needs
+no state of its own: it follows from the counters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from warploom.checkpoint import environment, rng
+from warploom.checkpoint.format import CheckpointState, folder_name, list_checkpoints, step_of
+from warploom.checkpoint.load import differing_fields, find_checkpoint, load_checkpoint, load_latest, load_weights
+from warploom.checkpoint.optimizer import flatten_optimizer, restore_optimizer
+from warploom.data.tokenizer import Tokenizer
+from warploom.errors import UserError
+from warploom.train.batches import BatchStream
+from warploom.train.config import RunConfig, TrainConfig
+
+# Settings that decide the meaning of what a checkpoint holds: shapes, optimizer state, position in the data.
+_FIXED = (
+    "model.",
+    "optimizer.name:",
+    *(f"train.{name}:" for name in ("seed", "seq_len", "global_batch_size", "separate_documents")),
+)
+_LENGTH = ("train.steps:", "train.epochs:")
+_OF_NO_CONSEQUENCE = ("train.out_dir:", "train.resume:", "train.log_every:", "train.sample_prompts:")
+
+
+@dataclass
+class Progress:
+    """The counters of a run, plain JSON values."""
+
+    num_steps: int  # where the run ends; a deadline may move it
+    micro_batch_size: int
+    step: int = 0  # global batches seen, skipped ones included
+    tokens: int = 0
+    skipped_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    train_loss_sum: float = 0.0  # since the last evaluation
+    train_loss_steps: int = 0
+    evaluated_step: int = 0  # of the last evaluation
+    best_loss: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)  # EvalRecords
+
+
+def capture(
+    progress: Progress,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    stream: BatchStream,
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+) -> CheckpointState:
+    """Return the state of the run; its tensors are the model's and the optimizers' own, not copies."""
+    random_tensors, random_values = rng.capture()
+    optimizer_tensors: dict[str, Tensor] = {}
+    optimizer_values: dict[str, Any] = {}
+    for optimizer in optimizers:
+        name = _name(optimizer)
+        tensors, optimizer_values[name] = flatten_optimizer(optimizer, model.named_parameters(), prefix=f"{name}/")
+        optimizer_tensors.update(tensors)
+    is_evaluated = progress.step == progress.evaluated_step > 0
+    return CheckpointState(
+        step=progress.step,
+        weights=model.state_dict(),
+        optimizer=optimizer_tensors,
+        meta={
+            "config": config.to_dict(),
+            "progress": dataclasses.asdict(progress),
+            "loader": stream.state_dict(),
+            "optimizer": optimizer_values,
+            "rng": random_values,
+            "environment": environment.capture(),
+        },
+        rng=random_tensors,
+        tokenizer=None if tokenizer is None else tokenizer.to_bytes(),
+        heldout_loss=progress.curve[-1]["heldout_loss"] if is_evaluated else None,
+    )
+
+
+def find_state(config: TrainConfig, on_message: Callable[[str], None]) -> tuple[Path, CheckpointState] | None:
+    """Load the checkpoint that config.resume names, None for a new run; refuse what would mix two runs."""
+    if config.resume == "auto":
+        latest = load_latest(config.out_dir, on_skip=on_message)
+        return None if latest is None else (config.out_dir / folder_name(latest.step), latest)
+    found = None
+    if config.resume != "never":
+        path = find_checkpoint(config.resume, on_message)
+        found = path, load_checkpoint(path)
+    existing = list_checkpoints(config.out_dir)
+    if existing and (found is None or (step_of(existing[0].name) or 0) > found[1].step):
+        raise UserError(
+            f"train.out_dir {config.out_dir} already holds {existing[0].name}, which train.resume {config.resume!r} "
+            "would mix with another run; choose another out_dir, or resume 'auto' to go on from there"
+        )
+    return found
+
+
+def restore(
+    path: Path,
+    state: CheckpointState,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    config: RunConfig,
+    planned_steps: int,
+    on_message: Callable[[str], None],
+) -> Progress:
+    """Put the state into the model, the optimizers and the generators, and return its progress. The data is the
+    caller's to restore, and must not draw random numbers.
+
+    Raises UserError if settings changed on which the state depends. Those that may change take effect, and are said.
+    """
+    changed = differing_fields(state.meta["config"], config.to_dict())
+    fatal = [line for line in changed if line.startswith(_FIXED)]
+    if fatal:
+        raise UserError(
+            f"{path} was trained with other settings ({'; '.join(fatal)}); set them back, or choose another out_dir"
+        )
+    load_weights(model, state.weights)
+    for optimizer in optimizers:
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        name = _name(optimizer)
+        values = state.meta["optimizer"][name]
+        restore_optimizer(optimizer, state.optimizer, values, model.named_parameters(), prefix=f"{name}/")
+        for group, options in zip(optimizer.param_groups, configured, strict=True):
+            group.update(options)
+    progress = Progress(**state.meta["progress"])
+    progress.micro_batch_size = config.train.micro_batch_size or progress.micro_batch_size
+    if any(line.startswith(_LENGTH) for line in changed):
+        progress.num_steps = planned_steps
+    on_message(f"Going on from step {state.step:,}.")
+    for line in changed:
+        if not line.startswith(_OF_NO_CONSEQUENCE):
+            on_message(f"Changed since then: {line}.")
+    warnings = [environment.warning(state.meta["environment"]), *rng.restore(state.rng, state.meta["rng"])]
+    for warning in filter(None, warnings):
+        on_message(warning)
+    return progress
+
+
+def _name(optimizer: Optimizer) -> str:
+    return type(optimizer).__name__.lower()
