@@ -5,6 +5,7 @@ chosen on the machine that runs it (csrc/common/levels.h). Everything else about
 """
 
 import fcntl
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -14,12 +15,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+PYTHON_INCLUDE = sysconfig.get_path("include")
 # Lowest first. The order and the names are those of csrc/common/levels.h.
 X86_AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVELS = {
@@ -32,8 +35,13 @@ LEVELS = {
     },
     "aarch64": {"portable": "", "neon_bf16": "-march=armv8.2-a+bf16"},
 }
-NAMES_OF_MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
-COMMON_FLAGS = "-O3 -g0 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -Wno-maybe-uninitialized"
+# Sanitizers and the like: objects of different flags get folders of their own, so that neither rebuilds the other.
+CXXFLAGS, LDFLAGS = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")
+FLAVOUR = f"-{zlib.crc32((CXXFLAGS + LDFLAGS).encode()):08x}" if CXXFLAGS or LDFLAGS else ""
+# No contraction: where a product may stay unrounded is the kernels' decision, and then it is the same at every level.
+# GCC 12 calls the undefined vectors inside its own intrinsics uninitialized.
+COMMON_FLAGS = "-O3 -g0 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=off"
+COMMON_FLAGS += " -Wall -Wextra -Wno-maybe-uninitialized"
 
 
 class CannotBuild(Exception):
@@ -57,52 +65,54 @@ def compiles(compiler, flags, code="int main() { return 0; }", link=False):
     return None if result.returncode == 0 else (result.stderr.strip() or "it failed without a message").splitlines()[0]
 
 
-def torch_paths():
+def probe_levels(compiler, machine):
+    """Return {level: flags} of those the compiler can do and {level: complaint} of those it cannot."""
+    known = LEVELS.get(machine, {"portable": ""})
+    complaints = {level: compiles(compiler, flags) for level, flags in known.items()}
+    left_out = {level: complaint for level, complaint in complaints.items() if complaint}
+    return {level: flags for level, flags in known.items() if level not in left_out}, left_out
+
+
+def torch_flags():
+    """Return the flags to compile and to link against the installed torch."""
     if importlib.util.find_spec("torch") is None:
         raise CannotBuild("torch is not installed where the build runs; install it first, then --no-build-isolation")
     from torch.utils import cpp_extension
 
-    return cpp_extension.include_paths(), cpp_extension.library_paths()
+    includes = " ".join(f"-isystem {shlex.quote(path)}" for path in cpp_extension.include_paths())
+    folders = " ".join(f"-L{shlex.quote(path)}" for path in cpp_extension.library_paths())
+    return f"-std=c++20 {includes}", f"{folders} -ltorch_cpu -lc10"
 
 
-def write_ninja(build_dir, compiler, levels, includes, libraries):
-    """Write build.ninja: per level each kernel, once everything else, one shared object."""
-    import torch
-
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+def write_ninja(build_dir, compiler, levels, compile_with_torch, link_with_torch):
+    """Write build.ninja: each kernel once per level, everything else once, one shared object."""
+    csrc = Path(os.path.relpath(ROOT / "csrc", build_dir))  # relative: the checkout's own path may hold spaces
     every_level = " ".join(f"X({level},Table,name)" for level in levels)
-    cxxflags = f"{COMMON_FLAGS} {abi} -I{ROOT}/csrc '-DWARPLOOM_EACH_LEVEL(X,Table,name)={every_level}'"
-    torch_flags = "-std=c++20 " + " ".join(f"-isystem {shlex.quote(path)}" for path in includes)
     lines = [
-        f"cxx = {compiler}",
-        f"cxxflags = {cxxflags} {os.environ.get('CXXFLAGS', '')}",
-        f"ldflags = -shared -fopenmp {os.environ.get('LDFLAGS', '')}",
         "rule cxx",
-        "  command = $cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compiler} {COMMON_FLAGS} -I{csrc} '-DWARPLOOM_EACH_LEVEL(X,Table,name)={every_level}' "
+        f"{CXXFLAGS} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        # libgomp comes from torch's own folder at run time, whose copy is loaded already: one pool of threads.
-        "  command = $cxx $in $ldflags $libs -o $out",
+        f"  command = {compiler} -shared -fopenmp $in {LDFLAGS} {link_with_torch} -o $out",
         "  description = $out",
     ]
     objects = []
 
-    def compile_line(source, flags, suffix=""):
-        objects.append(f"{source.relative_to(ROOT / 'csrc').with_suffix('')}{suffix}.o")
-        lines.extend([f"build {objects[-1]}: cxx {source}", f"  flags = {flags}"])
+    def add(pattern, flags, suffix=""):
+        for source in sorted((ROOT / "csrc").glob(pattern)):
+            path = source.relative_to(ROOT / "csrc")
+            objects.append(f"{path.with_suffix('')}{suffix}.o")
+            lines.extend([f"build {objects[-1]}: cxx {csrc / path}", f"  flags = {flags}"])
 
-    csrc = ROOT / "csrc"
-    for source in sorted(csrc.glob("cpu/*.cpp")):
-        for level, flags in levels.items():
-            compile_line(source, f"-std=c++17 {flags} -DWARPLOOM_LEVEL={level} -DWARPLOOM_LEVEL_{level}=1", f".{level}")
-    for source in sorted(csrc.glob("common/*.cpp")):
-        compile_line(source, "-std=c++17")
-    for source in [*sorted(csrc.glob("bindings/*.cpp")), csrc / "module.cpp"]:
-        compile_line(source, torch_flags)
-    libs = " ".join([*(f"-L{shlex.quote(path)}" for path in libraries), "-ltorch_cpu -ltorch -lc10"])
-    lines.extend([f"build _C.so: link {' '.join(objects)}", f"  libs = {libs}", ""])
+    for level, flags in levels.items():
+        add("cpu/*.cpp", f"-std=c++17 {flags} -DWARPLOOM_LEVEL={level} -DWARPLOOM_LEVEL_{level}=1", f".{level}")
+    add("common/*.cpp", "-std=c++17")
+    add("bindings/*.cpp", compile_with_torch)
+    add("module.cpp", f"-isystem {shlex.quote(PYTHON_INCLUDE)}")
+    lines.append(f"build _C.so: link {' '.join(objects)}\n")
     build_dir.joinpath("build.ninja").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -123,28 +133,20 @@ class BuildExtension(build_ext):
     def build(self, target, record):
         if os.environ.get("WARPLOOM_NO_EXTENSION") == "1":
             raise CannotBuild("WARPLOOM_NO_EXTENSION=1 was set when it was installed")
-        machine = NAMES_OF_MACHINES.get(platform.machine(), platform.machine())
         compiler = find_compiler()
         record["compiler"] = subprocess.check_output([*shlex.split(compiler), "--version"], text=True).splitlines()[0]
-        includes, libraries = torch_paths()
+        flags_of_torch = torch_flags()
         record["torch"] = importlib.metadata.version("torch")
-        python_include = sysconfig.get_path("include")
-        if compiles(compiler, f"-I{shlex.quote(python_include)}", "#include <Python.h>\n"):
-            raise CannotBuild(f"Python.h is not in {python_include}; on Debian: apt-get install python3-dev")
-        if compiles(compiler, "-fopenmp", "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }", link=True):
+        if compiles(compiler, f"-I{shlex.quote(PYTHON_INCLUDE)}", "#include <Python.h>\n"):
+            raise CannotBuild(f"Python.h is not in {PYTHON_INCLUDE}; on Debian: apt-get install python3-dev")
+        if compiles(compiler, "-fopenmp", "#include <omp.h>\nint main() { omp_get_max_threads(); }", link=True):
             raise CannotBuild(f"{compiler} has no OpenMP; on Debian: apt-get install g++ (or libomp-dev for clang)")
-        levels = {}
-        for level, flags in LEVELS.get(machine, {"portable": ""}).items():
-            complaint = compiles(compiler, flags)
-            if complaint:
-                record["left_out"][level] = complaint
-            else:
-                levels[level] = flags
-        build_dir = ROOT / "build" / f"{machine}-{sys.implementation.cache_tag}"
+        levels, record["left_out"] = probe_levels(compiler, platform.machine())
+        build_dir = ROOT / "build" / f"{platform.machine()}-{sys.implementation.cache_tag}{FLAVOUR}"
         build_dir.mkdir(parents=True, exist_ok=True)
         with open(build_dir / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # ninja does not guard its folder against a second install
-            write_ninja(build_dir, compiler, levels, [*includes, python_include], libraries)
+            write_ninja(build_dir, compiler, levels, *flags_of_torch)
             ninja = [sys.executable, "-m", "ninja", "-C", str(build_dir)]
             if subprocess.call(ninja) != 0:
                 raise SystemExit("warploom: compiling csrc/ failed; the compiler's message is above")
@@ -154,4 +156,5 @@ class BuildExtension(build_ext):
         record.update(built=True, levels=list(levels))
 
 
-setup(ext_modules=[Extension("warploom._C", sources=[])], cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("warploom._C", sources=[])], cmdclass={"build_ext": BuildExtension})

@@ -1,4 +1,4 @@
-"""The C++ attention kernel alone: its rounding on every instruction-set level, its determinism, what it writes and reads.
+"""The C++ attention kernel alone: its rounding at every instruction-set level, determinism, what it reads and writes.
 
 What every back end of the op must do is in tests/ops/test_contract.py.
 """
@@ -57,8 +57,8 @@ def differentiate(function, q, k, v, do, bias):
 
 def assert_rounds_like_torch(q, k, v, do, *, bias=None, softmax_scale=None, **masks):
     """Against float64: at most twice the error of torch's own attention in the same dtype, plus three roundings: of the
-    result; of the log-sum-exp, from which the backward pass makes p again; and of the two sums over D in dp - delta,
-    of which little may be left."""
+    result; of the exponents, scores less a log-sum-exp that was rounded when it was saved; and of the two sums over D
+    in dp - delta, of which little may be left."""
 
     def exact(q, k, v, bias=None):
         return attention_reference(q, k, v, bias=bias, softmax_scale=softmax_scale, **masks)
@@ -80,15 +80,17 @@ def assert_rounds_like_torch(q, k, v, do, *, bias=None, softmax_scale=None, **ma
     u, of_sums = ROUNDING[q.dtype], min(ROUNDING[q.dtype], 2**-24)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else abs(softmax_scale)
     group, rows = q.shape[1] // k.shape[1], max(q.shape[2], k.shape[2])
-    lse = torch.logsumexp(scale * wide[0].abs() @ wide[1].abs().mT.repeat_interleave(group, 1), -1).max()
-    weighted_do = differentiate(exact, *wide[:3], wide[3].abs(), wide[4])[3].max()  # p^T |do|
+    exponent = (scale * wide[0] @ wide[1].mT.repeat_interleave(group, 1)).abs().max()
+    spread = differentiate(exact, *wide[:2], *(tensor.abs() for tensor in wide[2:4]), wide[4])  # p |v|, ..., p^T |do|
     dp = (wide[3].abs() @ wide[2].abs().mT.repeat_interleave(group, 1)).max()
     cancelled = of_sums * dp * scale * max(q.abs().max(), k.abs().max()) * rows**0.5
-    beyond = {"o": 0, "dq": cancelled, "dk": cancelled, "dv": of_sums * lse * weighted_do, "dbias": cancelled}
+    of_exponent = {"o": of_sums * exponent * spread[0].max(), "dv": of_sums * exponent * spread[3].max()}
     results = run(q, k, v, do, bias=bias, softmax_scale=softmax_scale, **masks)
-    for name, result, peer, reference in zip(beyond, results, peers, references, strict=False):
+    for name, result, peer, reference in zip(
+        ("o", "dq", "dk", "dv", "dbias"), results, peers, references, strict=False
+    ):
         error, of_peer = (result.double() - reference).abs().max(), (peer.double() - reference).abs().max()
-        allowed = 2 * of_peer + 2 * u * reference.abs().max() + beyond[name]
+        allowed = 2 * of_peer + 2 * u * reference.abs().max() + of_exponent.get(name, cancelled)
         assert error <= allowed, f"{name}: error {error:.3g}, of torch {of_peer:.3g}, allowed {allowed:.3g}"
 
 
@@ -104,7 +106,7 @@ def test_head_widths(D, dtype):
 def test_lengths(T, S, causal, dtype):
     if causal and T > S:  # torch gives NaN gradients for everything if a row sees nothing: keep to rows that see some
         T = S
-    assert_rounds_like_torch(*inputs(2, 4, 2, T, S, 64, dtype), causal=causal)
+    assert_rounds_like_torch(*inputs(1, 2, 1, T, S, 64, dtype), causal=causal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,7 +130,7 @@ def test_float32_bias_with_a_narrower_dtype(dtype):
     narrow = run(q, k, v, do, bias=bias.to(dtype))
     mixed = run(q, k, v, do, bias=bias.float())
     assert mixed[4].dtype == torch.float32
-    assert torch.equal(mixed[4].to(dtype), narrow[4])
+    assert torch.equal(mixed[4].to(dtype).float(), narrow[4].float())
     assert all(torch.equal(a, b) for a, b in zip(mixed[:4], narrow[:4], strict=True))
 
 
@@ -261,9 +263,7 @@ def test_direct_calls_cannot_read_out_of_bounds():
             "cu_seqlens must rise",
         ),
         (
-            lambda: CPU.attention_bwd(
-                do, q, k, v, q, q.new_zeros(2, 4, 7), None, None, None, False, 1.0
-            ),
+            lambda: CPU.attention_bwd(do, q, k, v, q, q.new_zeros(2, 4, 7), None, None, None, False, 1.0),
             "lse must be",
         ),
     ):
@@ -278,10 +278,11 @@ def test_level_in_use():
 
 @pytest.mark.parametrize("level", UNUSUAL_LEVELS)
 def test_every_level(level):
-    """The level is chosen once per process, so this file's other tests run again in one with that level forced."""
+    """The level is chosen once per process, so the tests of what differs run again in one with that level forced."""
     if "WARPLOOM_CPU_LEVEL" in os.environ:
         pytest.skip("already inside a process with a forced level")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
+    chosen = "level_in_use or head_widths or bias or softmax_scales or beyond or repeats"
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     environment = {**os.environ, "WARPLOOM_CPU_LEVEL": level}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]

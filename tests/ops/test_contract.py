@@ -136,8 +136,10 @@ def check_deterministic(op: Op, name: str, trial: Trial) -> None:
             expected = trial.evaluate(function)
             for _ in range(3):
                 assert_same_bits(trial.evaluate(function), expected, "two runs differ")
-            torch.set_num_threads(1 if threads > 1 else 2)
-            assert_same_bits(trial.evaluate(function), expected, "1 and 2 threads differ")
+            # The reference makes no promise about threads: torch's matrix product splits a long sum by their number.
+            if name != "reference":
+                torch.set_num_threads(1 if threads > 1 else 2)
+                assert_same_bits(trial.evaluate(function), expected, "1 and 2 threads differ")
     finally:
         torch.set_num_threads(threads)
 

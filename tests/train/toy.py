@@ -83,7 +83,7 @@ def toy_config(out_dir, *, model=None, optimizer=None, schedule=None, vocab_size
     return RunConfig(
         model=TransformerConfig(vocab_size=vocab_size, **model),
         train=TrainConfig(out_dir=out_dir, **train),
-        optimizer=OptimizerConfig(**{"lr": 3e-3, **(optimizer or {})}),
+        optimizer=OptimizerConfig(**{"name": "adamw", "lr": 3e-3, **(optimizer or {})}),
         schedule=ScheduleConfig(**(schedule or {})),
     )
 

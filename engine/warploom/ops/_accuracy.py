@@ -10,9 +10,10 @@ or 1. The factor 2 is FlashAttention's rule. The bound is what rounding does to 
 the one rounding of the result itself; the second is r roundings of everything that goes in, through the condition of
 the problem, the largest of a few draws of e. In the 16-bit dtypes r = 1: what is kept in them between forward and
 backward is rounded once, all else is float32. In float32 itself r = 4: a value passes about four roundings between load
-and store (the statistic, the scaling, the product, the sum). Without the bound, a peer that is right by luck in a tensor of few elements would forbid any
-rounding; a fixed tolerance would forgive bugs where the problem is well conditioned, and forbid rounding where it is
-not.
+and store (the statistic, the scaling, the product, the sum).
+
+Without the bound, a peer that is right by luck in a tensor of few elements would forbid any rounding; a fixed tolerance
+would forgive bugs where the problem is well conditioned, and forbid rounding where it is not.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Deviation:
 class Trial:
     """One case of an op in one dtype: its inputs, its true results and what error they allow."""
 
-    def __init__(self, op: Op, case: Case | BenchCase, dtype: torch.dtype, *, draws: int = 4, device: str = "cpu"):
+    def __init__(self, op: Op, case: Case | BenchCase, dtype: torch.dtype, *, draws: int = 8, device: str = "cpu"):
         self.op, self.dtype, self.device = op, dtype, device
         self.draws = draws
         no_grad, self.wide = (case.no_grad, case.wide) if isinstance(case, Case) else ((), ())

@@ -120,7 +120,7 @@ class Op:
         usable: dict[str, list[tuple[str, Backend]]] = {}  # per device; what is missing stays so while a process lives
 
         def select(device: str, args: tuple[Any, ...]) -> tuple[str, Backend]:
-            forced = _forced and _forced.get(self.name, _forced.get("*"))
+            forced = self.forced()
             if forced:
                 reason = self.refusal(forced, device, suffix, *args)
                 if reason is not None:
@@ -166,6 +166,10 @@ class Op:
     def choice(self, device: str) -> str:
         """Name the back end that serves this device when none is forced and it refuses no argument."""
         return next(name for name in _order(device) if self.refusal(name, device) is None)
+
+    def forced(self) -> str | None:
+        """Name the back end that the user demands for this op, None if the choice is free."""
+        return _forced.get(self.name, _forced.get("*")) if _forced else None
 
 
 def _order(device: str) -> tuple[str, ...]:

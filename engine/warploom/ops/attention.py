@@ -35,7 +35,7 @@ def attention(
     One floating dtype; softmax runs in float32 (float64 for float64). softmax_scale: 1 / sqrt(D) if None.
     causal: query i sees the keys j <= i + (S - T), so that the last query sees every key.
     bias: (1 or H, T, S), of q's dtype or float32, added after the scaling; it gets a gradient.
-    key_lengths: (B,) int32 or int64 in [0, S]; the keys from key_lengths[b] on are not seen.
+    key_lengths: (B,) int32 or int64 in [0, S]; the keys from key_lengths[b] on are not seen, whatever they hold.
     cu_seqlens: (number of documents + 1,) int32, the offsets of the documents packed into one row, from 0 to T; needs
     B == 1 and T == S. Documents do not see each other, and each takes the top-left corner of bias, which then is
     (1 or H, n, m) with n and m at least the longest document.
@@ -213,14 +213,22 @@ def _scores(q, k, bias, key_lengths, causal, softmax_scale):
 def _reference_fwd(q, k, v, bias, cu_seqlens, key_lengths, causal, softmax_scale):
     B, H, T, D = q.shape
     H_kv = k.shape[1]
-    o = q.new_empty(B, T, H, D).transpose(1, 2)
-    lse = q.new_empty(B, H, T, dtype=_stat_dtype(q))
+    o, lse = _fake_fwd(q, k, v, bias, cu_seqlens, key_lengths, causal, softmax_scale)
+    k, v = _without_padding(k, v, key_lengths)
     for rows, keys, corner in _documents(T, k.shape[2], bias, cu_seqlens):
         s = _scores(q[:, :, rows], k[:, :, keys], corner, key_lengths, causal, softmax_scale)
         lse[:, :, rows] = s.logsumexp(-1)
         p = _probabilities(s, lse[:, :, rows])
         o[:, :, rows] = (_grouped(p, H_kv, p.dtype) @ v[:, :, keys].to(p.dtype)).view(B, H, p.shape[2], D)
     return o, lse
+
+
+def _without_padding(k, v, key_lengths):
+    """Zeros for the keys that are not seen: memory that was never written may hold NaN, and 0 * NaN is NaN."""
+    if key_lengths is None:
+        return k, v
+    seen = (torch.arange(k.shape[2], device=k.device) < key_lengths[:, None])[:, None, :, None]
+    return k.where(seen, 0.0), v.where(seen, 0.0)
 
 
 def _probabilities(s, lse):
@@ -234,6 +242,7 @@ def _reference_bwd(do, q, k, v, o, lse, bias, cu_seqlens, key_lengths, causal, s
     wide = lse.dtype
     dq, dk, dv, dbias = _fake_bwd(do, q, k, v, o, lse, bias, cu_seqlens, key_lengths, causal, softmax_scale)
     wide_dbias = torch.zeros_like(dbias, dtype=wide)
+    k, v = _without_padding(k, v, key_lengths)
     for rows, keys, corner in _documents(T, S, bias, cu_seqlens):
         s = _scores(q[:, :, rows], k[:, :, keys], corner, key_lengths, causal, softmax_scale)
         p = _probabilities(s, lse[:, :, rows])

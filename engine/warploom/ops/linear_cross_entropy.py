@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
-# Rows of logits held at a time: as many as make CHUNK_ELEMENTS, 16 MiB of float32, but at least CHUNK_ROWS. Each chunk
-# reads and writes all of dweight, V x C, beside a few passes over its V x rows logits: with rows well above C / 3 that is
-# lost among them. Measured on one core of a Sapphire Rapids: docs/performance.md.
+# Rows of logits held at a time: as many as make CHUNK_ELEMENTS (16 MiB of float32), but at least CHUNK_ROWS. Each chunk
+# reads and writes all of dweight, V x C, beside a few passes over its own rows x V logits, so few rows of a large
+# vocabulary lose. CPU seconds of 1024 x 768 x 50304, one core of a Sapphire Rapids, fp32 / bf16: 83 rows 2.3 / 2.2,
+# 256 rows 1.57 / 1.04, 512 rows 1.54 / 0.85, whole logits 1.78 / 0.84.
 CHUNK_ELEMENTS = 1 << 22
 CHUNK_ROWS = 512
 

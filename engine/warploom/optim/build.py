@@ -15,8 +15,8 @@ from warploom.optim.muon import Muon
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw for every parameter, or muon for the hidden matrices and adamw for embeddings, norms and biases."""
+    name: Literal["adamw", "muon"] = "muon"
+    """muon for the hidden matrices and adamw for embeddings, norms and biases, or adamw for every parameter."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -25,8 +25,8 @@ class OptimizerConfig:
     """Added to AdamW's denominator."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the hidden matrices, times the learning rate, per step; the rest never decays."""
-    muon_lr: float = 3e-3
-    """Peak learning rate of Muon; its updates have AdamW's usual size, so the two rates are of one order."""
+    muon_lr: float = 0.01
+    """Peak learning rate of Muon; its updates have AdamW's usual size whatever the matrix's shape."""
     momentum: float = 0.95
     """Momentum of Muon, per step."""
 

@@ -1,0 +1,62 @@
+"""What is special to linear_cross_entropy: its memory, and batches with nothing to predict."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from warploom.ops import REGISTRY
+from warploom.ops.linear_cross_entropy import CHUNK_ELEMENTS, CHUNK_ROWS, linear_cross_entropy
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_never_holds_the_logits(dtype):
+    N, C, V = 3000, 8, 9000
+    hidden, weight = torch.randn(N, C, dtype=dtype), torch.randn(V, C, dtype=dtype)
+    targets = torch.randint(V, (N,))
+    with LargestTensor() as ours:
+        linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets).backward()
+    with LargestTensor() as whole:
+        REGISTRY["linear_cross_entropy"].torch_peer(hidden, weight, targets).backward()
+    assert ours.numel <= max(CHUNK_ELEMENTS, CHUNK_ROWS * V)
+    assert whole.numel >= N * V  # the probe sees what it should
+
+
+def test_nothing_to_predict():
+    """As torch: the mean of no losses is NaN, the sum is 0, and neither moves a weight."""
+    targets = torch.full((3,), -100)
+    for reduction in ("mean", "sum"):
+        results = []
+        for function in (linear_cross_entropy, REGISTRY["linear_cross_entropy"].torch_peer):
+            hidden, weight = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+            loss = function(hidden, weight, targets, reduction=reduction)
+            loss.backward()
+            results.append([loss.detach(), hidden.grad, weight.grad])
+        torch.testing.assert_close(*results, equal_nan=True)
+        assert loss.isnan() == (reduction == "mean")
+        assert not results[0][1].any() and not results[0][2].any()
+
+
+def test_ignored_rows_may_hold_anything():
+    """Padding is often never written; NaN there must not reach the weights."""
+    hidden = torch.randn(4, 8)
+    weight = torch.randn(5, 8, requires_grad=True)
+    targets = torch.tensor([1, -100, 3, -100])
+    (expected,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), weight)
+    hidden[1] = float("nan")
+    loss = linear_cross_entropy(hidden, weight, targets)
+    (dweight,) = torch.autograd.grad(loss, weight)
+    assert loss.isfinite()
+    assert torch.equal(dweight, expected)
