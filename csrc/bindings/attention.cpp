@@ -68,9 +68,9 @@ std::vector<cpu::AttentionSequence> sequences(const Tensor& q, const Tensor& k, 
 
 void check_operands(const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK_VALUE(q.dim() == 4 && q.size(3) > 0, "q must be (B, H, T, D) with D at least 1, got ", q.sizes());
-  TORCH_CHECK_VALUE(k.dim() == 4 && k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(1) > 0 &&
-                        q.size(1) % k.size(1) == 0,
-                    "k must be (B, H_kv, S, D) with H_kv dividing H to match q ", q.sizes(), ", got ", k.sizes());
+  TORCH_CHECK_VALUE(
+      k.dim() == 4 && k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+      "k must be (B, H_kv, S, D) with H_kv dividing H to match q ", q.sizes(), ", got ", k.sizes());
   check("k", k, k.sizes(), q.scalar_type());
   check("v", v, k.sizes(), q.scalar_type());
 }
@@ -79,12 +79,11 @@ void check_operands(const Tensor& q, const Tensor& k, const Tensor& v) {
 cpu::AttentionBias bias_of(const OptionalTensor& bias, const Tensor& q,
                            const std::vector<cpu::AttentionSequence>& sequences, Tensor& kept) {
   if (!bias.has_value()) return {};
-  TORCH_CHECK_VALUE(bias->dim() == 3 && (bias->size(0) == 1 || bias->size(0) == q.size(1)),
-                    "bias must be (1 or ", q.size(1), ", T, S), got ", bias->sizes());
+  TORCH_CHECK_VALUE(bias->dim() == 3 && (bias->size(0) == 1 || bias->size(0) == q.size(1)), "bias must be (1 or ",
+                    q.size(1), ", T, S), got ", bias->sizes());
   for (const cpu::AttentionSequence& sequence : sequences) {
-    TORCH_CHECK_VALUE(bias->size(1) >= sequence.num_queries && bias->size(2) >= sequence.num_keys,
-                      "bias must cover ", sequence.num_queries, " queries and ", sequence.num_keys, " keys, got ",
-                      bias->sizes());
+    TORCH_CHECK_VALUE(bias->size(1) >= sequence.num_queries && bias->size(2) >= sequence.num_keys, "bias must cover ",
+                      sequence.num_queries, " queries and ", sequence.num_keys, " keys, got ", bias->sizes());
   }
   TORCH_CHECK_TYPE(bias->scalar_type() == q.scalar_type() || bias->scalar_type() == at::kFloat, "bias must be ",
                    q.scalar_type(), " as q is or float32, got ", bias->scalar_type());
@@ -104,13 +103,13 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_any, const Tensor& k_an
 
   Tensor o = empty_transposed(q);
   Tensor lse = at::empty({B, H, T}, q.options().dtype(accumulator(q.scalar_type())));
-  const cpu::AttentionProblem problem{H, k.size(1), T, D, parts.data(), static_cast<int64_t>(parts.size()),
-                                      softmax_scale};
+  const cpu::AttentionProblem problem{
+      H, k.size(1), T, D, parts.data(), static_cast<int64_t>(parts.size()), softmax_scale};
   switch_dtype(q, [&](auto element) {
     using E = decltype(element);
     using Scalar = typename Accumulator<E>::type;
-    cpu::attention().get(element).fwd({problem, heads<E>(q), heads<E>(k), heads<E>(v), bias, heads<E>(o),
-                                       data<Scalar>(lse)});
+    cpu::attention().get(element).fwd(
+        {problem, heads<E>(q), heads<E>(k), heads<E>(v), bias, heads<E>(o), data<Scalar>(lse)});
   });
   return {o, lse};
 }
@@ -134,26 +133,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& do_any, c
 
   Tensor dq = empty_transposed(q), dk = empty_transposed(k), dv = empty_transposed(v);
   Tensor dbias = bias_any.has_value() ? at::empty(kept.sizes(), kept.options()) : at::empty({0}, q.options());
-  const cpu::AttentionProblem problem{H, k.size(1), T, D, parts.data(), static_cast<int64_t>(parts.size()),
-                                      softmax_scale};
+  const cpu::AttentionProblem problem{
+      H, k.size(1), T, D, parts.data(), static_cast<int64_t>(parts.size()), softmax_scale};
   switch_dtype(q, [&](auto element) {
     using E = decltype(element);
     using Scalar = typename Accumulator<E>::type;
-    cpu::attention().get(element).bwd({problem,
-                                       heads<E>(d_o),
-                                       heads<E>(q),
-                                       heads<E>(k),
-                                       heads<E>(v),
-                                       heads<E>(o),
-                                       data<Scalar>(lse),
-                                       bias,
-                                       heads<E>(dq),
-                                       heads<E>(dk),
-                                       heads<E>(dv),
-                                       bias_any.has_value() ? dbias.mutable_data_ptr() : nullptr,
-                                       bias_any.has_value() ? dbias.size(1) : 0,
-                                       bias_any.has_value() ? dbias.size(2) : 0,
-                                       static_cast<int64_t>(std::thread::hardware_concurrency())});
+    cpu::attention().get(element).bwd(
+        {problem, heads<E>(d_o), heads<E>(q), heads<E>(k), heads<E>(v), heads<E>(o), data<Scalar>(lse), bias,
+         heads<E>(dq), heads<E>(dk), heads<E>(dv), bias_any.has_value() ? dbias.mutable_data_ptr() : nullptr,
+         bias_any.has_value() ? dbias.size(1) : 0, bias_any.has_value() ? dbias.size(2) : 0,
+         static_cast<int64_t>(std::thread::hardware_concurrency())});
   });
   return {dq, dk, dv, bias_any.has_value() ? dbias.to(bias_any->scalar_type()) : dbias};
 }

@@ -147,7 +147,7 @@ struct ScoreScale {
 
 template <class T>
 struct ForwardLayout {
-  using E = Operand<T>;
+  using E = Element<T>;
   using S = Sum<T>;
   E *keys, *values, *queries, *p, *buffer;
   S *s, *o, *row_best, *row_sums;
@@ -169,7 +169,7 @@ struct ForwardLayout {
 // One key/value head of one sequence against blocks of query rows of the heads that share it.
 template <class T>
 class ForwardPass {
-  using E = Operand<T>;
+  using E = Element<T>;
   using S = Sum<T>;
   using V = Lanes<T>;
   static constexpr int kStrip = kDepthStep<E>;
@@ -197,16 +197,14 @@ class ForwardPass {
     const T* v = args_.v.row(sequence_.b, kv_head_, sequence_.first_key);
     pack_right_transposed(k, args_.k.t_stride, keys, D_, keys_padded_, width_, tile_.keys, tile_.buffer);
     pack_right(v, args_.v.t_stride, keys, D_, keys_padded_, tile_.values, keys_padded_ * kPanel, tile_.buffer);
-    const TileScope tiles;
+    const ProductSession<T> session;
     for (int64_t block = first_block; block < last_block; ++block) {
       attend(kv_head_ * group_ + block / blocks_per_head, block % blocks_per_head);
     }
   }
 
  private:
-  int64_t last_query(int64_t block) const {
-    return smaller((block + 1) * kForwardQueries, sequence_.num_queries) - 1;
-  }
+  int64_t last_query(int64_t block) const { return smaller((block + 1) * kForwardQueries, sequence_.num_queries) - 1; }
 
   void attend(int64_t head, int64_t block) {
     const int64_t first = block * kForwardQueries, rows = last_query(block) + 1 - first;
@@ -259,9 +257,8 @@ class ForwardPass {
       each_vector<V>(padded, [&](int64_t i, auto n) { store(s + i, load(s + i, n) * scale, n); });
       if (args_.bias.data == nullptr) continue;
       with_bias_row<T>(args_.bias, head, first + r, [&](const auto* bias) {
-        each_vector<V>(seen, [&](int64_t i, auto n) {
-          store(s + i, fma(load(bias + key + i, n), to_log2, load(s + i, n)), n);
-        });
+        each_vector<V>(
+            seen, [&](int64_t i, auto n) { store(s + i, fma(load(bias + key + i, n), to_log2, load(s + i, n)), n); });
       });
     }
   }
@@ -341,7 +338,7 @@ void attention_fwd(const AttentionForward<T>& args) {
 
 template <class T>
 struct BackwardLayout {
-  using E = Operand<T>;
+  using E = Element<T>;
   using S = Sum<T>;
   // Once per key/value head. keys, values: (keys, width), keys_turned: (columns, keys); left operands.
   E *keys, *values, *keys_turned;
@@ -383,8 +380,9 @@ struct BackwardLayout {
 // Two rows of floats as one step of a panel of pairs.
 WARPLOOM_INLINE void store_rows_as_group(const Floats* rows, bf16* out) {
   const __m512i low_then_high = (__m512i)_mm512_cvtne2ps_pbh(rows[1], rows[0]);
-  alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), low_then_high));
 }
 #endif
@@ -406,7 +404,7 @@ struct TurnedBias {
 // transposed, keys by queries, so that p^T and ds^T are left operands as they come.
 template <class T>
 class BackwardPass {
-  using E = Operand<T>;
+  using E = Element<T>;
   using S = Sum<T>;
   using V = Lanes<T>;
   static constexpr int kStrip = kDepthStep<E>;
@@ -427,14 +425,12 @@ class BackwardPass {
         dbias_(dbias),
         tile_(layout_in_scratch<BackwardLayout<T>>(4, keys_padded_, width_, columns_, args.bias.data != nullptr)) {}
 
-  int64_t sums_size() const { return keys_padded_ * columns_; }
-
-  // Sums the dk and dv of the blocks (counted as in ForwardPass), without dk's factor. The sums stay in scratch memory
-  // until this thread's next pass, or in own_sums, of 2 * sums_size().
-  void run(int64_t first_block, int64_t last_block, int64_t blocks_per_head, S* own_sums) {
-    if (own_sums != nullptr) {
-      tile_.dk = own_sums;
-      tile_.dv = own_sums + sums_size();
+  // Sums the dk and dv of the blocks (counted as in ForwardPass), without dk's factor, into scratch memory that lasts
+  // until this thread's next pass, or into `sums` if that is given.
+  void run(int64_t first_block, int64_t last_block, int64_t blocks_per_head, S* sums = nullptr) {
+    if (sums != nullptr) {
+      tile_.dk = sums;
+      tile_.dv = sums + keys_padded_ * columns_;
     }
     const T* k = args_.k.row(sequence_.b, kv_head_, sequence_.first_key);
     const T* v = args_.v.row(sequence_.b, kv_head_, sequence_.first_key);
@@ -442,22 +438,16 @@ class BackwardPass {
     pack_left(k, args_.k.t_stride, seen, D_, keys_padded_, width_, tile_.keys);
     pack_left(v, args_.v.t_stride, seen, D_, keys_padded_, width_, tile_.values);
     pack_left_transposed(k, args_.k.t_stride, seen, D_, keys_padded_, tile_.keys_turned, tile_.buffer);
-    store_zeros(tile_.dk, sums_size());
-    store_zeros(tile_.dv, sums_size());
-    const TileScope tiles;
+    store_zeros(tile_.dk, keys_padded_ * columns_);
+    store_zeros(tile_.dv, keys_padded_ * columns_);
+    const ProductSession<T> session;
     for (int64_t block = first_block; block < last_block; ++block) {
       attend(kv_head_ * group_ + block / blocks_per_head, block % blocks_per_head);
     }
   }
 
-  void store_dk_dv() const {
-    const S factor = static_cast<S>(args_.problem.softmax_scale);
-    for (int64_t key = 0; key < sequence_.num_keys; ++key) {
-      const int64_t t = sequence_.first_key + key;
-      store_scaled(tile_.dk + key * columns_, factor, D_, args_.dk.row(sequence_.b, kv_head_, t));
-      store_scaled(tile_.dv + key * columns_, S(1), D_, args_.dv.row(sequence_.b, kv_head_, t));
-    }
-  }
+  const S* dk() const { return tile_.dk; }
+  const S* dv() const { return tile_.dv; }
 
  private:
   void attend(int64_t head, int64_t block) {
@@ -515,7 +505,8 @@ class BackwardPass {
       const int64_t sees = r < there ? key + r - sequence_.diagonal - first - from : columns;
       hide_outside<V>(tile_.s + at + r * kBackwardQueries, sees, columns, columns);
     }
-    to_score_gradients(row, strip, from, columns, dbias_.data == nullptr ? nullptr : dbias_.at(head, key) + first + from);
+    to_score_gradients(row, strip, from, columns,
+                       dbias_.data == nullptr ? nullptr : dbias_.at(head, key) + first + from);
     product<true>(strip, columns_, columns, tile_.p + at, kBackwardQueries, tile_.d_o + from * kPanel, kQueryPanel,
                   tile_.dv + key * columns_, columns_);
     product<true>(strip, columns_, columns, tile_.ds + at, kBackwardQueries, tile_.queries + from * kPanel, kQueryPanel,
@@ -561,7 +552,8 @@ class BackwardPass {
       const S* bias = tile_.bias + r * kBackwardQueries;
       each_vector<V>(columns, [&](int64_t i, auto n) { store(s + i, load(s + i, n) * scale, n); });
       if (args_.bias.data == nullptr || r >= there) continue;
-      each_vector<V>(rows, [&](int64_t i, auto n) { store(s + i, fma(load(bias + i, n), to_log2, load(s + i, n)), n); });
+      each_vector<V>(rows,
+                     [&](int64_t i, auto n) { store(s + i, fma(load(bias + i, n), to_log2, load(s + i, n)), n); });
     }
   }
 
@@ -613,6 +605,19 @@ class BackwardPass {
   BackwardLayout<T> tile_;
 };
 
+// From sums of (keys, D padded).
+template <class T>
+void store_dk_dv(const AttentionBackward<T>& args, const AttentionSequence& sequence, int64_t kv_head, const Sum<T>* dk,
+                 const Sum<T>* dv) {
+  const int64_t D = args.problem.D, columns = round_up(D, kPanel);
+  const Sum<T> factor = static_cast<Sum<T>>(args.problem.softmax_scale);
+  for (int64_t key = 0; key < sequence.num_keys; ++key) {
+    const int64_t t = sequence.first_key + key;
+    store_scaled(dk + key * columns, factor, D, args.dk.row(sequence.b, kv_head, t));
+    store_scaled(dv + key * columns, Sum<T>(1), D, args.dv.row(sequence.b, kv_head, t));
+  }
+}
+
 // dbias = the turned sums, rounded once; summed over the heads in order if they share one bias.
 template <class B, class S>
 void store_dbias(const TurnedBias<S>& sums, int64_t H, int64_t heads, int64_t rows, int64_t columns, B* dbias) {
@@ -635,7 +640,7 @@ template <class T>
 void backward_with_bias(const AttentionBackward<T>& args) {
   using S = Sum<T>;
   const AttentionProblem& problem = args.problem;
-  constexpr int step = kDepthStep<Operand<T>>;
+  constexpr int step = kDepthStep<Element<T>>;
   TurnedBias<S> dbias{nullptr, round_up(args.bias_columns, step), round_up(args.bias_rows, step)};
   const int64_t per_head = dbias.columns * dbias.rows;
   dbias.data = scratch<S>(0, problem.H * per_head);
@@ -647,8 +652,8 @@ void backward_with_bias(const AttentionBackward<T>& args) {
       const AttentionSequence& sequence = problem.sequences[n];
       const int64_t blocks = (sequence.num_queries + kBackwardQueries - 1) / kBackwardQueries;
       BackwardPass<T> pass(args, sequence, kv_head, dbias);
-      pass.run(0, group * blocks, blocks, nullptr);
-      pass.store_dk_dv();
+      pass.run(0, group * blocks, blocks);
+      store_dk_dv(args, sequence, kv_head, pass.dk(), pass.dv());
     }
   });
   if (args.bias.is_float) {
@@ -658,16 +663,56 @@ void backward_with_bias(const AttentionBackward<T>& args) {
   }
 }
 
+// Each head of each sequence in `splits` parts, whose dk and dv are then added in order.
+template <class T>
+void backward_in_splits(const AttentionBackward<T>& args, int64_t splits, int64_t most_keys) {
+  using S = Sum<T>;
+  const AttentionProblem& problem = args.problem;
+  const int64_t heads = problem.num_sequences * problem.H_kv, columns = round_up(problem.D, kPanel);
+  const auto padded = [](int64_t keys) { return round_up(keys, kDepthStep<Element<T>>); };
+  const int64_t part = 2 * padded(most_keys) * columns;
+  S* sums = scratch<S>(0, heads * splits * part);
+  parallel_for(heads * splits, [&](int64_t item) {
+    const int64_t head = item / splits, split = item % splits;
+    const AttentionSequence& sequence = problem.sequences[head / problem.H_kv];
+    const int64_t per_head = (sequence.num_queries + kBackwardQueries - 1) / kBackwardQueries;
+    const int64_t blocks = problem.H / problem.H_kv * per_head;
+    BackwardPass<T>(args, sequence, head % problem.H_kv, {})
+        .run(blocks * split / splits, blocks * (split + 1) / splits, per_head, sums + item * part);
+  });
+  parallel_for(heads, [&](int64_t head) {
+    const AttentionSequence& sequence = problem.sequences[head / problem.H_kv];
+    const int64_t half = padded(sequence.num_keys) * columns;
+    S* total = sums + head * splits * part;
+    for (int64_t split = 1; split < splits; ++split) {
+      const S* more = total + split * part;
+      each_vector<Lanes<T>>(2 * half,
+                            [&](int64_t i, auto n) { store(total + i, load(total + i, n) + load(more + i, n), n); });
+    }
+    store_dk_dv(args, sequence, head % problem.H_kv, total, total + half);
+  });
+}
+
 template <class T>
 void attention_bwd(const AttentionBackward<T>& args) {
   if (args.bias.data != nullptr) return backward_with_bias(args);
   const AttentionProblem& problem = args.problem;
-  parallel_for(problem.num_sequences * problem.H_kv, [&](int64_t item) {
-    const AttentionSequence& sequence = problem.sequences[item / problem.H_kv];
+  const int64_t heads = problem.num_sequences * problem.H_kv, group = problem.H / problem.H_kv;
+  int64_t most_queries = 0, most_keys = 0;
+  for (int64_t n = 0; n < problem.num_sequences; ++n) {
+    most_queries = larger(most_queries, problem.sequences[n].num_queries);
+    most_keys = larger(most_keys, problem.sequences[n].num_keys);
+  }
+  // Too few heads for the processors are split by query rows. Not below 256: each part goes through all keys.
+  const int64_t wanted = heads == 0 ? 1 : (2 * args.parallelism + heads - 1) / heads;
+  const int64_t splits = smaller(wanted, group * most_queries / 256);
+  if (splits > 1) return backward_in_splits(args, splits, most_keys);
+  parallel_for(heads, [&](int64_t head) {
+    const AttentionSequence& sequence = problem.sequences[head / problem.H_kv];
     const int64_t blocks = (sequence.num_queries + kBackwardQueries - 1) / kBackwardQueries;
-    BackwardPass<T> pass(args, sequence, item % problem.H_kv, {});
-    pass.run(0, problem.H / problem.H_kv * blocks, blocks, nullptr);
-    pass.store_dk_dv();
+    BackwardPass<T> pass(args, sequence, head % problem.H_kv, {});
+    pass.run(0, group * blocks, blocks);
+    store_dk_dv(args, sequence, head % problem.H_kv, pass.dk(), pass.dv());
   });
 }
 

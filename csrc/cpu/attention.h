@@ -1,7 +1,8 @@
 // Attention, forward and backward, with online softmax: no (T, S) matrix is ever held.
 //
-// The kernels know one thing only, sequences: some query rows against some keys with a diagonal. The batch, key lengths,
-// causality and packed documents are all said in those terms by the caller, so that what is not seen is not computed.
+// The kernels know one thing only, sequences: some query rows against some keys with a diagonal. The batch, key
+// lengths, causality and packed documents are all said in those terms by the caller, so that what is not seen is not
+// computed.
 #pragma once
 
 #include "common/dtypes.h"

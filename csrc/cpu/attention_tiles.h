@@ -5,33 +5,27 @@
 //   B  in panels of 16 columns; inside a panel, kGroup<E> successive rows of B stand side by side for each column:
 //      B[k][n] is at n / 16 * panel_stride + k / kGroup * (16 * kGroup) + n % 16 * kGroup + k % kGroup.
 //   C  row-major, float (double for double).
-// M is a multiple of kRowStep<E>, N of 16, K of kDepthStep<E>: callers pad with zeros. E is what elements are multiplied
-// as: bf16 where the level multiplies pairs of them (dot product or tile instructions), else float; double for double.
+// M is a multiple of kRowStep<E>, N of 16, K of kDepthStep<E>: callers pad with zeros. E is what elements are
+// multiplied as: bf16 where the level has instructions for pairs of them, else float; double for double.
+//
+// gemm.h is for large products, whose operands are packed at each call and whose result leaves through an epilogue.
+// Here operands are small, packed once and used many times, and results go back into the next product.
 #pragma once
 
 #include "common/simd.h"
+#include "cpu/gemm_pack.h"
+#include "cpu/gemm_tiles.h"
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
 namespace {
 
 constexpr int kPanel = 16;
 
+// What elements of type T are multiplied as, and what has to live while they are.
 template <class T>
-struct OperandOf {
-  using type = float;
-};
-template <>
-struct OperandOf<double> {
-  using type = double;
-};
-#if defined(WARPLOOM_HAS_AVX512_BF16)
-template <>
-struct OperandOf<bf16> {
-  using type = bf16;
-};
-#endif
+using Element = typename TileOf<T>::type::Element;
 template <class T>
-using Operand = typename OperandOf<T>::type;
+using ProductSession = typename TileOf<T>::type::Session;
 
 template <class T>
 using Sum = typename Accumulator<T>::type;
@@ -134,20 +128,6 @@ void product_in_vectors(int64_t M, int64_t N, int64_t K, const E* a, int64_t a_s
 
 #if defined(WARPLOOM_HAS_AMX)
 
-// Tile registers hold their values only inside a scope: each is 16 rows of 64 bytes.
-class TileScope {
- public:
-  TileScope() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~TileScope() { _tile_release(); }
-};
-
 // 16 * rows x 16 * columns of C in tiles 0 to 3; tiles 4, 5 hold A and 6, 7 hold B.
 template <int rows, int columns, bool accumulate>
 WARPLOOM_INLINE void tile_block(int64_t K, const bf16* a, int64_t a_stride, const bf16* b, int64_t panel_stride,
@@ -208,17 +188,9 @@ void product_in_tiles(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t a_
   }
 }
 
-#else
-
-class TileScope {
- public:
-  TileScope() {}
-  ~TileScope() {}
-};
-
 #endif
 
-// C = A * B, or C += A * B. Inside a TileScope.
+// C = A * B, or C += A * B. Inside a ProductSession.
 template <bool accumulate, class E>
 void product(int64_t M, int64_t N, int64_t K, const E* a, int64_t a_stride, const E* b, int64_t panel_stride, Sum<E>* c,
              int64_t c_stride) {
@@ -296,7 +268,8 @@ void pack_right(const T* rows, int64_t row_stride, int64_t num_rows, int64_t cou
 typedef uint32_t __attribute__((may_alias)) Unit32;
 typedef uint64_t __attribute__((may_alias)) Unit64;
 
-// out[j][i] = in[i][j] for 16 rows of `count` units, count a multiple of 16. A unit is what stays together: 4 or 8 bytes.
+// out[j][i] = in[i][j] for 16 rows of `count` units, count a multiple of 16. A unit is what stays together: 4 or 8
+// bytes.
 template <class Unit>
 WARPLOOM_INLINE void transpose_16_rows(const Unit* const* in, int64_t count, Unit* out, int64_t out_stride) {
   for (int64_t j = 0; j < count; ++j) {
@@ -307,28 +280,10 @@ WARPLOOM_INLINE void transpose_16_rows(const Unit* const* in, int64_t count, Uni
 #if defined(WARPLOOM_HAS_AVX512)
 WARPLOOM_INLINE void transpose_16_rows(const Unit32* const* in, int64_t count, Unit32* out, int64_t out_stride) {
   for (int64_t j = 0; j < count; j += 16) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in[i] + j);
-    for (int i = 0; i < 16; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {  // a[i + c] holds in lane l the column 4 * l + c of rows i to i + 3
-      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int c = 0; c < 4; ++c) {
-      const __m512i even_0 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88), odd_0 = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xdd);
-      const __m512i even_1 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x88);
-      const __m512i odd_1 = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xdd);
-      Unit32* rows = out + (j + c) * out_stride;
-      _mm512_storeu_si512(rows, _mm512_shuffle_i32x4(even_0, even_1, 0x88));
-      _mm512_storeu_si512(rows + 4 * out_stride, _mm512_shuffle_i32x4(odd_0, odd_1, 0x88));
-      _mm512_storeu_si512(rows + 8 * out_stride, _mm512_shuffle_i32x4(even_0, even_1, 0xdd));
-      _mm512_storeu_si512(rows + 12 * out_stride, _mm512_shuffle_i32x4(odd_0, odd_1, 0xdd));
-    }
+    Ints block[16];
+    for (int i = 0; i < 16; ++i) block[i] = (Ints)_mm512_loadu_si512(in[i] + j);
+    transpose(block);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (j + i) * out_stride, (__m512i)block[i]);
   }
 }
 #endif

@@ -1,9 +1,12 @@
-"""Run by test_levels.py in a process of its own, since a process keeps the level it first chose: every kernel of every
-op with a C++ back end, at the level WARPLOOM_CPU_LEVEL, against the op's float64 reference. Prints what it checked."""
+"""Check the kernels of the named ops at the level WARPLOOM_CPU_LEVEL against the ops' float64 references.
+
+Run by test_levels.py in a process of its own, since a process keeps the level it first chose.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -11,11 +14,9 @@ from warploom.ops import REGISTRY, _extension, backend
 from warploom.ops._accuracy import Trial
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     assert _extension.level() == os.environ["WARPLOOM_CPU_LEVEL"]
-    for op in REGISTRY.values():
-        if "cpu" not in op.backends:
-            continue
+    for op in map(REGISTRY.__getitem__, names):
         for case in op.cases:
             for dtype in case.dtypes:
                 trial = Trial(op, case, dtype)
@@ -31,8 +32,7 @@ def main() -> None:
                     results[name], truth, rtol=1e-9, atol=1e-10, msg=f"{op.name} {case.name} {name}"
                 )
         assert set(op.calls) == {f"{suffix}/cpu" for suffix in op.schemas}, f"{op.name} ran {dict(op.calls)}"
-        print(op.name)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

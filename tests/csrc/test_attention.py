@@ -110,6 +110,12 @@ def test_lengths(T, S, causal, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_one_long_head(dtype):
+    """One head is less work than there are processors, so that its query rows are split."""
+    assert_rounds_like_torch(*inputs(1, 1, 1, 600, 600, 40, dtype), causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias_heads", [1, 4])
 @pytest.mark.parametrize("causal", [False, True])
 def test_bias(causal, bias_heads, dtype):
@@ -185,10 +191,12 @@ def test_rows_that_see_nothing(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_bitwise_equal_over_repeats_and_threads(with_bias, dtype):
-    q, k, v, do = inputs(2, 4, 1, 300, 300, 40, dtype)
-    bias = draw(1, 4, 300, 300, dtype=dtype, seed=4)[0].contiguous() if with_bias else None
+@pytest.mark.parametrize(
+    ("B", "H", "H_kv", "T", "with_bias"), [(4, 6, 3, 150, False), (1, 3, 1, 300, False), (2, 4, 2, 150, True)]
+)
+def test_bitwise_equal_over_repeats_and_threads(B, H, H_kv, T, with_bias, dtype):
+    q, k, v, do = inputs(B, H, H_kv, T, T, 40, dtype)
+    bias = draw(1, H, T, T, dtype=dtype, seed=4)[0].contiguous() if with_bias else None
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -281,7 +289,7 @@ def test_every_level(level):
     """The level is chosen once per process, so the tests of what differs run again in one with that level forced."""
     if "WARPLOOM_CPU_LEVEL" in os.environ:
         pytest.skip("already inside a process with a forced level")
-    chosen = "level_in_use or head_widths or bias or softmax_scales or beyond or repeats"
+    chosen = "level_in_use or head_widths or test_bias or repeats"
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     environment = {**os.environ, "WARPLOOM_CPU_LEVEL": level}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -44,7 +44,7 @@ class OptimizerConfig:
 def build_optimizers(
     model: nn.Module, config: OptimizerConfig, *, muon_dtype: torch.dtype = torch.float32
 ) -> list[Optimizer]:
-    """Return the optimizers that together hold every trainable parameter of model once.
+    """Return the optimizers that together hold every trainable parameter of model once, AdamW as the last.
 
     Hidden matrices are the parameters of two dimensions that belong to no embedding and not to the output layer.
     Each group keeps its peak learning rate under "peak_lr". muon_dtype is the dtype of Muon's matrix products.

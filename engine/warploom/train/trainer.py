@@ -237,7 +237,7 @@ class Trainer:
         self._interval_steps += 1
         self._interval_tokens += num_tokens
         if self._monitor is not None and (progress.step % train.log_every == 0 or outcome.skipped):
-            self._record_step(self._monitor, outcome, lr=self.config.optimizer.lr * lr_factor)
+            self._record_step(self._monitor, outcome)
         if progress.nonfinite_in_a_row >= train.max_nonfinite_steps:
             raise UserError(
                 f"the loss or a gradient was not finite in {progress.nonfinite_in_a_row} steps in a row, the last of "
@@ -245,7 +245,7 @@ class Trainer:
                 f"go on from {self._checkpoint or 'the start: there is no checkpoint yet'}"
             )
 
-    def _record_step(self, monitor: Monitor, outcome: StepOutcome, lr: float) -> None:
+    def _record_step(self, monitor: Monitor, outcome: StepOutcome) -> None:
         progress, train = self.progress, self.config.train
         tokens_per_s = self._interval_tokens / self._interval_s
         monitor.step(
@@ -253,7 +253,7 @@ class Trainer:
                 step=progress.step,
                 tokens=progress.tokens,
                 loss=outcome.loss,
-                lr=lr,
+                lr=self._optimizers[-1].param_groups[0]["lr"],  # AdamW's, the last of the optimizers
                 grad_norm=outcome.grad_norm,
                 step_s=self._interval_s / self._interval_steps,
                 tokens_per_s=tokens_per_s,
