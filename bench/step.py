@@ -1,6 +1,6 @@
 """The whole training step, this engine against the same model in plain torch, eager and under torch.compile.
 
-    python -m bench.step --config small --config gpt2 [--dtype bf16] [--json FILE]
+    python -m bench.step --config small gpt2 [--dtype bf16] [--json FILE]
 
 One step is forward, loss, backward, clipping and fused AdamW on one fixed batch. The subjects start from the same
 weights; before anything is timed their losses over a few steps must agree, or the bench ends with an error. Peak memory
@@ -199,4 +199,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, config=(tyro.conf.UseAppendAction,)))
+    main(tyro.cli(Arguments))

@@ -25,6 +25,15 @@ UNUSUAL_LEVELS = [level for level in CPU.levels() if level != CPU.level()]
 T_AND_S = [(1, 1), (7, 7), (63, 65), (65, 63), (257, 257), (1, 257), (257, 1)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On tensors this small a second thread only waits, at full load: three times the run time on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def draw(*shape, dtype, seed):
     """(B, H, T, D) as the projections of a model hand it over: a transposed view."""
     B, H, T, D = shape
@@ -197,16 +206,11 @@ def test_rows_that_see_nothing(dtype):
 def test_bitwise_equal_over_repeats_and_threads(B, H, H_kv, T, with_bias, dtype):
     q, k, v, do = inputs(B, H, H_kv, T, T, 40, dtype)
     bias = draw(1, H, T, T, dtype=dtype, seed=4)[0].contiguous() if with_bias else None
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = run(q, k, v, do, bias=bias, causal=True)
-        torch.set_num_threads(2)
-        for _ in range(5):
-            together = run(q, k, v, do, bias=bias, causal=True)
-            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    alone = run(q, k, v, do, bias=bias, causal=True)
+    torch.set_num_threads(2)
+    for _ in range(5):
+        together = run(q, k, v, do, bias=bias, causal=True)
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.fixture

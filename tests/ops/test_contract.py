@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import warploom.ops
 from warploom.ops import REGISTRY, Op, backend
-from warploom.ops._accuracy import Trial
+from warploom.ops._accuracy import Trial, as_tuple
 from warploom.ops._extension import missing as extension_missing
 from warploom.ops._op import Backend, BackendUnavailable, Case
 
@@ -98,7 +98,7 @@ def assert_same_bits(results: dict[str, torch.Tensor], expected: dict[str, torch
 # The checks.
 
 
-def check_accuracy(op: Op, name: str, trial: Trial, layout=None) -> None:
+def check_accuracy(op: Op, name: str, trial: Trial, layout=lambda tensor: tensor) -> None:
     force, function = forced(op, name)
     before = op.calls.copy()
     with force:
@@ -164,10 +164,6 @@ class PoisonedMemory:
         torch.use_deterministic_algorithms(False)
 
 
-def as_tuple(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
 # The tests.
 
 
@@ -224,7 +220,9 @@ def test_gradients_of_each_input_alone(op, name, case):
             for other in trial.differentiable:
                 arguments[other].requires_grad_(other == leaf)
             outputs = as_tuple(function(**arguments))
-            wanted = [(y, dy.to(y)) for y, dy in zip(outputs, trial.output_gradients, strict=True) if y.requires_grad]
+            wanted = [
+                (y, dy.to(y)) for y, dy in zip(outputs, trial.output_gradients(outputs), strict=True) if y.requires_grad
+            ]
             (gradient,) = torch.autograd.grad([y for y, _ in wanted], [arguments[leaf]], [dy for _, dy in wanted])
             torch.testing.assert_close(gradient, all_results[f"d{leaf}"])
         with torch.no_grad():

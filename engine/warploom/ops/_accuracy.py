@@ -56,20 +56,22 @@ class Deviation:
 class Trial:
     """One case of an op in one dtype: its inputs, its true results and what error they allow."""
 
-    def __init__(self, op: Op, case: Case | BenchCase, dtype: torch.dtype, *, device: str = "cpu"):
-        self.op, self.dtype, self.device = op, dtype, device
+    def __init__(self, op: Op, case: Case | BenchCase, dtype: torch.dtype, *, draws: int | None = None):
+        self.op, self.dtype = op, dtype
         no_grad, self.wide = (case.no_grad, case.wide) if isinstance(case, Case) else ((), ())
         made = case.make(torch.Generator().manual_seed(0))
         # Float64 tensors with values that the dtype under test holds.
         self.inputs = {name: self._held(name, value) for name, value in made.items()}
-        self.differentiable = [
-            name for name, value in self.inputs.items() if _is_floating(value) and name not in no_grad
-        ]
+        floating = {name: value for name, value in self.inputs.items() if _is_floating(value)}
+        self.differentiable = [name for name in floating if name not in no_grad]
+        # The fewer the signs, the more draws it takes to come near the worst of them.
+        elements = sum(value.numel() for value in floating.values())
+        self.draws = draws or (8 if elements < 5000 else 2)
+
+    def output_gradients(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Float64 gradients for these outputs, the same whenever their shapes are; the dtype under test holds them."""
         generator = torch.Generator().manual_seed(1)
-        outputs = _as_tuple(op.reference(**self.inputs))
-        self.output_gradients = [
-            torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype).double() for y in outputs
-        ]
+        return [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(self.dtype).double() for y in outputs]
 
     def _held(self, name: str, value: Any) -> Any:
         return value.to(self._dtype_of(name, self.dtype)).double() if _is_floating(value) else value
@@ -79,14 +81,17 @@ class Trial:
 
     def arguments(self) -> dict[str, Any]:
         """The public function's arguments in the dtype under test; those to differentiate ask for a gradient."""
-        return self._cast(self.inputs, self.dtype, lambda tensor: tensor)
+        return self._arguments(self.dtype, layout=lambda tensor: tensor, disturb=lambda tensor: tensor)
 
-    def _cast(self, inputs: dict[str, Any], dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def _arguments(
+        self, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], disturb: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
         arguments = {}
-        for name, value in inputs.items():
+        for name, value in self.inputs.items():
+            if _is_floating(value):
+                value = disturb(value).to(self._dtype_of(name, dtype))
             if isinstance(value, Tensor):
-                value = value.to(self._dtype_of(name, dtype)) if value.is_floating_point() else value
-                value = layout(value.to(self.device, copy=True))
+                value = layout(value.clone())
             arguments[name] = value.requires_grad_() if name in self.differentiable else value
         return arguments
 
@@ -94,24 +99,23 @@ class Trial:
         self,
         function: Callable[..., Any],
         dtype: torch.dtype | None = None,
-        layout: Callable[[Tensor], Tensor] | None = None,
+        *,
+        layout: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        disturb: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> Results:
         """Outputs and gradients of the function, by name, in the dtype (default: the one under test).
 
-        layout rewrites every tensor that goes in, output gradients too, to one of equal values and other strides.
+        layout rewrites every tensor that goes in, output gradients too, to one of equal values and other strides;
+        disturb changes the floating ones, given in float64.
         """
-        return self._evaluate(function, self.inputs, self.output_gradients, dtype or self.dtype, layout)
-
-    def _evaluate(self, function, inputs, output_gradients, dtype, layout=None) -> Results:
-        layout = layout or (lambda tensor: tensor)
-        arguments = self._cast(inputs, dtype, layout)
-        outputs = _as_tuple(function(**arguments))
+        arguments = self._arguments(dtype or self.dtype, layout, disturb)
+        outputs = as_tuple(function(**arguments))
         results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
         if self.differentiable:
             gradients = torch.autograd.grad(
                 outputs,
                 [arguments[name] for name in self.differentiable],
-                [layout(dy.to(y)) for dy, y in zip(output_gradients, outputs, strict=True)],
+                [layout(disturb(dy).to(y)) for dy, y in zip(self.output_gradients(outputs), outputs, strict=True)],
             )
             results |= {f"d{name}": dx for name, dx in zip(self.differentiable, gradients, strict=True)}
         return results
@@ -128,37 +132,21 @@ class Trial:
         peer = _errors(self.evaluate(self.op.torch_peer), self.truth)
         generator = torch.Generator().manual_seed(2)
 
-        def rounded(value: Any) -> Any:
-            if not _is_floating(value):
-                return value
+        def rounded(value: Tensor) -> Tensor:
             signs = torch.randint(2, value.shape, generator=generator) * 2 - 1
             return value * (1 + r * u * signs)
 
-        # The fewer the signs, the more draws it takes to come near the worst of them.
-        elements = sum(value.numel() for value in self.inputs.values() if _is_floating(value))
-        draws = 8 if elements < 5000 else 2
         spread = [
-            _errors(
-                self._evaluate(
-                    self.op.reference,
-                    {name: rounded(value) for name, value in self.inputs.items()},
-                    [rounded(dy) for dy in self.output_gradients],
-                    torch.float64,
-                ),
-                self.truth,
-            )
-            for _ in range(draws)
+            _errors(self.evaluate(self.op.reference, torch.float64, disturb=rounded), self.truth)
+            for _ in range(self.draws)
         ]
         allowed = {}
         for name, true in self.truth.items():
             size = _max_and_rms(true)
-            allowed[name] = tuple(
-                # A peer that is itself NaN (SDPA on rows that see nothing) excuses nothing.
-                2 * (peer[name][i] if peer[name][i] < float("inf") else 0.0)
-                + u * size[i]
-                + max(draw[name][i] for draw in spread)
-                for i in range(2)
-            )
+            # A peer that is itself NaN (SDPA on rows that see nothing) excuses nothing.
+            of_peer = [2 * error if error < float("inf") else 0.0 for error in peer[name]]
+            largest, rms = (of_peer[i] + u * size[i] + max(draw[name][i] for draw in spread) for i in range(2))
+            allowed[name] = largest, rms
         return allowed
 
     def deviations(self, results: Results) -> list[Deviation]:
@@ -170,7 +158,7 @@ class Trial:
 
 
 def _errors(results: Results, truth: Results) -> dict[str, tuple[float, float]]:
-    return {name: _max_and_rms(results[name].cpu().double() - true.cpu()) for name, true in truth.items()}
+    return {name: _max_and_rms(results[name].double() - true) for name, true in truth.items()}
 
 
 def _max_and_rms(tensor: Tensor) -> tuple[float, float]:
@@ -183,5 +171,5 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -159,7 +159,7 @@ class Op:
         if device not in backend.devices:
             return f"it runs on {' and '.join(backend.devices)}, not on {device}"
         reason = backend.missing()
-        if reason is None and suffix in backend.refuses:
+        if reason is None and suffix is not None and suffix in backend.refuses:
             reason = backend.refuses[suffix](*args)
         return reason
 

@@ -1,0 +1,25 @@
+"""The cases of bench.ops as pytest-benchmark tests: python -m pytest bench --benchmark-enable
+
+Without --benchmark-enable each call runs once, as a test that it still works. The table groups what is comparable.
+"""
+
+import pytest
+
+from bench.ops import DTYPES, passes
+from warploom.ops import REGISTRY
+
+CASES = [
+    pytest.param(op, case, dtype, id=f"{op.name}-{case.name}-{dtype}")
+    for op in REGISTRY.values()
+    for case in op.bench_cases[:1]
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize("subject", ["warploom", "torch"])
+@pytest.mark.parametrize("direction", [0, 1], ids=["forward", "backward"])
+@pytest.mark.parametrize(("op", "case", "dtype"), CASES)
+def test_op(benchmark, op, case, dtype, direction, subject):
+    timed = list(passes(op, case, DTYPES[dtype]))[direction]
+    benchmark.group = f"{op.name} {case.name} {dtype} {timed.direction}"
+    benchmark(timed.calls[subject])
