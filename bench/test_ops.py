@@ -3,6 +3,8 @@
 Without --benchmark-enable each call runs once, as a test that it still works. The table groups what is comparable.
 """
 
+import functools
+
 import pytest
 
 from bench.ops import DTYPES, passes
@@ -16,10 +18,15 @@ CASES = [
 ]
 
 
+@functools.lru_cache(maxsize=1)  # the check before timing is slow, and the tests of a case follow each other
+def passes_of(op, case, dtype):
+    return list(passes(op, case, DTYPES[dtype]))
+
+
 @pytest.mark.parametrize("subject", ["warploom", "torch"])
 @pytest.mark.parametrize("direction", [0, 1], ids=["forward", "backward"])
 @pytest.mark.parametrize(("op", "case", "dtype"), CASES)
 def test_op(benchmark, op, case, dtype, direction, subject):
-    timed = list(passes(op, case, DTYPES[dtype]))[direction]
+    timed = passes_of(op, case, dtype)[direction]
     benchmark.group = f"{op.name} {case.name} {dtype} {timed.direction}"
     benchmark(timed.calls[subject])

@@ -1,8 +1,13 @@
-"""Fixtures shared by all tests."""
+"""What all tests share: one thread unless a test asks for more, and the folder of real text."""
 
+import os
 from pathlib import Path
 
-import pytest
+# The tensors of tests are small: one thread runs them faster than several, and does not fight what else runs. Set
+# before torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
 
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

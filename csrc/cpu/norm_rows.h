@@ -12,9 +12,12 @@ namespace warploom::cpu::WARPLOOM_LEVEL {
 // the place where its digits are lost.
 template <class V>
 WARPLOOM_INLINE double mean_of(V v, int64_t C) {
-  double total = 0;
-  for (int i = 0; i < kLanes<V>; ++i) total += v[i];
-  return total / static_cast<double>(C);
+  double lanes[kLanes<V>];
+  for (int i = 0; i < kLanes<V>; ++i) lanes[i] = v[i];
+  for (int half = kLanes<V> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0] / static_cast<double>(C);
 }
 
 template <bool kCenter, class T>
@@ -28,14 +31,15 @@ WARPLOOM_INLINE void norm_fwd_row(const NormForward<T>& args, int64_t row) {
   if (args.residual != nullptr) {
     const T* residual = args.residual + row * C;
     T* stream = args.stream + row * C;
-    each_vector<V>(C, [&](int64_t i, auto n) { store(stream + i, load(x + i, n) + load(residual + i, n), n); });
-    x = stream;  // read back as rounded, since the backward pass will see it so
-  }
-  double exact_mean = 0;
-  if constexpr (kCenter) {
+    each_vector<V>(C, [&](int64_t i, auto n) {
+      store(stream + i, load(x + i, n) + load(residual + i, n), n);
+      if constexpr (kCenter) total += load(stream + i, n);
+    });
+    x = stream;  // from here on as rounded, since the backward pass will see it so
+  } else if constexpr (kCenter) {
     each_vector<V>(C, [&](int64_t i, auto n) { total += load(x + i, n); });
-    exact_mean = mean_of(total, C);
   }
+  double exact_mean = kCenter ? mean_of(total, C) : 0.0;
   const V rough_mean = broadcast(static_cast<Scalar>(exact_mean));
 
   // The variance from the deviations, not from the sum of squares: a large mean would cancel all its digits. For the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -75,7 +76,8 @@ def test_features_and_levels_agree():
 
 
 def level_objects() -> list[Path]:
-    return [path for path in (REPOSITORY / "build").glob("*/cpu/*.o") if len(path.suffixes) == 2]
+    folder = REPOSITORY / "build" / f"{platform.machine()}-{sys.implementation.cache_tag}"  # setup.py's
+    return [path for path in folder.glob("cpu/*.o") if len(path.suffixes) == 2]
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm on this machine")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -47,6 +46,4 @@ class Command:
         if self.json is not None:
             command += ["--json", str(self.json.absolute())]
         command += ["--threads", str(self.threads)]
-        roots = [str(CHECKOUT / "engine"), str(CHECKOUT / "kernels"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
-        return subprocess.run(command, cwd=CHECKOUT, env=environment).returncode
+        return subprocess.run(command, cwd=CHECKOUT).returncode

@@ -117,39 +117,40 @@ class Op:
 
     def _dispatcher(self, suffix: str) -> Callable[..., Any]:
         check = self.checks.get(suffix)
-        usable: dict[str, list[tuple[str, Backend]]] = {}  # per device; what is missing stays so while a process lives
-
-        def select(device: str, args: tuple[Any, ...]) -> tuple[str, Backend]:
-            forced = self.forced()
-            if forced:
-                reason = self.refusal(forced, device, suffix, *args)
-                if reason is not None:
-                    raise BackendUnavailable(
-                        f"back end {forced!r} was asked for, but {self.name}_{suffix} cannot use it: {reason}"
-                    )
-                return forced, self.backends[forced]
-            if device not in usable:
-                usable[device] = [
-                    (name, self.backends[name]) for name in _order(device) if self.refusal(name, device) is None
-                ]
-            for name, backend in usable[device]:
-                refuses = backend.refuses.get(suffix)
-                if refuses is None or refuses(*args) is None:
-                    return name, backend
-            raise BackendUnavailable(f"{self.name}_{suffix} has no back end for device {device!r}")
+        calls = self.calls
+        # Per device: back end, its refusal of arguments, key in calls. What is missing stays so while a process lives.
+        usable: dict[str, list[tuple[Backend, Callable[..., str | None], str]]] = {}
 
         def dispatch(*args: Any) -> Any:
             device = args[0].device.type
             if check is not None and device == "cpu":
                 check(*args)
-            name, backend = select(device, args)
-            key = f"{suffix}/{name}"
-            if key not in self.calls:
-                _log.info("%s_%s runs on back end %s", self.name, suffix, name)
-            self.calls[key] += 1
-            return backend.kernels[suffix](*args)
+            forced = _forced.get(self.name, _forced.get("*")) if _forced else None
+            if forced is not None:
+                reason = self.refusal(forced, device, suffix, *args)
+                if reason is not None:
+                    raise BackendUnavailable(
+                        f"back end {forced!r} was asked for, but {self.name}_{suffix} cannot use it: {reason}"
+                    )
+                candidates = [self._candidate(forced, suffix)]
+            else:
+                if device not in usable:
+                    names = (name for name in _order(device) if self.refusal(name, device) is None)
+                    usable[device] = [self._candidate(name, suffix) for name in names]
+                candidates = usable[device]
+            for backend, refuses, key in candidates:
+                if refuses(*args) is None:
+                    if key not in calls:
+                        _log.info("%s: %s runs", self.name, key)
+                    calls[key] += 1
+                    return backend.kernels[suffix](*args)
+            raise BackendUnavailable(f"{self.name}_{suffix} has no back end for device {device!r}")
 
         return dispatch
+
+    def _candidate(self, name: str, suffix: str) -> tuple[Backend, Callable[..., str | None], str]:
+        backend = self.backends[name]
+        return backend, backend.refuses.get(suffix, _takes_all), f"{suffix}/{name}"
 
     def refusal(self, name: str, device: str, suffix: str | None = None, *args: Any) -> str | None:
         """Say why the back end cannot serve this device (and these arguments of operator `suffix`), None if it can."""
@@ -170,6 +171,10 @@ class Op:
     def forced(self) -> str | None:
         """Name the back end that the user demands for this op, None if the choice is free."""
         return _forced.get(self.name, _forced.get("*")) if _forced else None
+
+
+def _takes_all(*args: Any) -> None:
+    return None
 
 
 def _order(device: str) -> tuple[str, ...]:
