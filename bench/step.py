@@ -3,8 +3,8 @@
     python -m bench.step --config small gpt2 [--dtype bf16] [--json FILE]
 
 One step is forward, loss, backward, clipping and fused AdamW on one fixed batch. The subjects start from the same
-weights; before anything is timed their losses over a few steps must agree, or the bench ends with an error. Peak memory
-is that of a process of its own per subject. Exit code 1 if a subject is wrong.
+weights, each in a process of its own, and take turns. Before anything is timed their losses over a few steps must
+agree, or the bench ends with an error and exit code 1.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from bench.harness import interleave, matmul_ceiling, print_fingerprint, print_table, write_records
+from bench.harness import Ceiling, interleave, matmul_ceiling, print_fingerprint, print_table, write_records
 from bench.plain_torch import plain_copy
 from warploom.models.config import TransformerConfig
 from warploom.models.presets import preset
 from warploom.models.transformer import Transformer
+from warploom.train.allocator import keep_freed_memory
 from warploom.train.batches import Batch
 from warploom.train.step import training_step
 
@@ -34,6 +35,7 @@ SUBJECTS = ("warploom", "torch-eager", "torch-compile")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LR = 3e-4
 CHECKED_STEPS = 3
+_CEILING_CALLS = 40
 # Both sides round differently in every product. fp32 losses agree to about six digits; a bf16 product keeps eight bits,
 # and over the layers of these models the mean loss of a batch moves by some 1e-3.
 TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2}
@@ -100,6 +102,47 @@ def _warploom_step(model: Transformer, batch: Batch, dtype: torch.dtype) -> Call
     return lambda: training_step(loss_sum, [batch], parameters, optimizers, grad_clip=1.0).loss
 
 
+class Subject:
+    """One subject in a process of its own, which makes a step when told to. So each keeps its own memory and its own
+    settings of malloc, and what one does to the process is not done to the others."""
+
+    def __init__(self, name: str, config: str, dtype: str, threads: int) -> None:
+        command = [sys.executable, "-m", "bench.step", "--serve", name, "--config", config, "--dtype", dtype]
+        self._process = subprocess.Popen(
+            [*command, "--threads", str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def step(self) -> float:
+        """Make one step and return its loss."""
+        return self._ask("step")
+
+    def peak_mb(self) -> float:
+        """Peak resident memory so far, MB."""
+        return self._ask("peak")
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def _ask(self, what: str) -> float:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            sys.exit("a subject ended early; its message is above")
+        return float(answer)
+
+
+def serve(name: str, case: StepCase, dtype: torch.dtype) -> None:
+    """Be a Subject's process: answer "step" with the loss of one step and "peak" with the peak memory in MB."""
+    if name == "warploom":
+        keep_freed_memory()  # as the trainer does
+    step = build_step(name, case, dtype)
+    for line in sys.stdin:
+        is_step = line.strip() == "step"
+        print(step() if is_step else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+
+
 def check(losses: dict[str, list[float]], dtype: str) -> None:
     """Exit with code 1 unless every subject's losses are those of torch-eager, up to rounding."""
     expected = losses["torch-eager"]
@@ -109,18 +152,18 @@ def check(losses: dict[str, list[float]], dtype: str) -> None:
             sys.exit(f"{subject} is wrong, so nothing is timed: losses {found} differ from {expected} by {worst:.2g}")
 
 
-def peak_mb(subject: str, config: str, dtype: str) -> float:
-    """Peak resident memory of a process that makes three steps, MB."""
-    command = [sys.executable, "-m", "bench.step", "--config", config, "--dtype", dtype, "--peak-of", subject]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def _longer(ceiling: Ceiling) -> Ceiling:
+    """The same, over a tenth of a second or so: threads of the subject before still spin for some milliseconds."""
+    return Ceiling(lambda: [ceiling.call() for _ in range(_CEILING_CALLS)], ceiling.work * _CEILING_CALLS)
 
 
-def bench(config: str, dtype: str, budget_s: float) -> list[dict[str, Any]]:
+def bench(config: str, dtype: str, budget_s: float, threads: int) -> list[dict[str, Any]]:
     case = CASES[config]
-    steps = {subject: build_step(subject, case, DTYPES[dtype]) for subject in SUBJECTS}
-    check({subject: [step() for _ in range(CHECKED_STEPS)] for subject, step in steps.items()}, dtype)
-    ceiling = matmul_ceiling(DTYPES[dtype])
-    timings = interleave({**steps, "matmul": ceiling.call}, budget_s=budget_s, warmup_s=1.0)
+    subjects = {name: Subject(name, config, dtype, threads) for name in SUBJECTS}
+    check({name: [subject.step() for _ in range(CHECKED_STEPS)] for name, subject in subjects.items()}, dtype)
+    ceiling = _longer(matmul_ceiling(DTYPES[dtype]))
+    calls: dict[str, Callable[[], object]] = {name: subject.step for name, subject in subjects.items()}
+    timings = interleave({**calls, "matmul": ceiling.call}, budget_s=budget_s, warmup_s=1.0)
     rate = ceiling.rate(timings["matmul"])
     with torch.device("meta"):
         flops_per_token = Transformer(case.model).flops_per_token(case.seq_len)
@@ -137,12 +180,14 @@ def bench(config: str, dtype: str, budget_s: float) -> list[dict[str, Any]]:
                 "tokens_per_s": tokens / step_s,
                 "step_ms": step_s * 1e3,
                 "spread": timings[subject].spread,
-                "peak_mb": peak_mb(subject, config, dtype),
+                "peak_mb": subjects[subject].peak_mb(),
                 "mfu_measured": flops_per_token * tokens / step_s / rate,
                 "matmul_gflops": rate / 1e9,
                 "ratio": timings["torch-eager"].median_s / step_s,
             }
         )
+    for subject in subjects.values():
+        subject.close()
     return records
 
 
@@ -160,25 +205,21 @@ class Arguments:
     """CPU threads; 0 leaves PyTorch's choice."""
     json: Path | None = None
     """Write the records there as JSON."""
-    peak_of: Literal["warploom", "torch-eager", "torch-compile"] | None = None
-    """Only make three steps of this subject and print the peak memory, MB."""
+    serve: Literal["warploom", "torch-eager", "torch-compile"] | None = None
+    """Be the process of one subject; for this bench's own use."""
 
 
 def main(arguments: Arguments) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.peak_of is not None:
-        step = build_step(arguments.peak_of, CASES[arguments.config[0]], DTYPES[arguments.dtype[0]])
-        for _ in range(3):
-            step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if arguments.serve is not None:
+        serve(arguments.serve, CASES[arguments.config[0]], DTYPES[arguments.dtype[0]])
         return
     print_fingerprint()
     records = []
     for config in arguments.config:
         for dtype in arguments.dtype:
-            records += bench(config, dtype, arguments.budget_s)
-            torch.compiler.reset()
+            records += bench(config, dtype, arguments.budget_s, arguments.threads)
     print_table(
         "training step (ratio: torch-eager's time over this one's; share: of the matrix rate measured in this run)",
         ("config", "dtype", "subject", "tokens/s", "ms/step", "spread", "ratio", "share", "peak MB"),

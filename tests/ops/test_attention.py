@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from warploom.ops import REGISTRY, backend
 from warploom.ops._accuracy import Trial
 from warploom.ops._op import Case
-from warploom.ops.attention import _visible, attention
+from warploom.ops.attention import attention
 
 OP = REGISTRY["attention"]
 BACKENDS = [name for name in OP.backends if OP.refusal(name, "cpu") is None]
@@ -32,10 +32,6 @@ def attention_cases(draw):
         if form == "lengths":
             lengths = draw(st.lists(st.integers(0, S), min_size=B, max_size=B))
             inputs["key_lengths"] = torch.tensor(lengths, dtype=draw(st.sampled_from([torch.int32, torch.int64])))
-    # Where no query sees two keys, the gradients of q and k are zero, and no rounding error is small beside them.
-    q, k = torch.empty(B, 1, T, D), torch.empty(B, 1, S, D)
-    visible = _visible(q, k, causal, inputs.get("cu_seqlens"), inputs.get("key_lengths"))
-    assume(bool((visible.sum(-1) > 1).any()))
     shapes = {"q": (B, groups * H_kv, T, D), "k": (B, H_kv, S, D), "v": (B, H_kv, S, D)}
     if bias:
         heads = draw(st.sampled_from([1, groups * H_kv]))

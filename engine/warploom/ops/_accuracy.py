@@ -3,14 +3,14 @@
 Truth is the op's reference in float64, on inputs that the dtype under test holds exactly. The largest and the root mean
 square error of every output and gradient must be at most
 
-    2 * (error of torch_peer in the same dtype) + bound,    bound = u * |truth| + |truth(x * (1 + r u e)) - truth(x)|
+    2 * (error of torch_peer in the same dtype) + bound,    bound = u * |truth| + |truth disturbed - truth|
 
-with u the unit roundoff of the dtype (2**-24 float32, 2**-11 float16, 2**-8 bfloat16) and each element of e either -1
-or 1. The factor 2 is FlashAttention's rule. The bound is what rounding does to any implementation: the first term is
-the one rounding of the result itself; the second is r roundings of everything that goes in, through the condition of
-the problem, the largest of a few draws of e. In the 16-bit dtypes r = 1: what is kept in them between forward and
-backward is rounded once, all else is float32. In float32 itself r = 4: a value passes about four roundings between load
-and store (the statistic, the scaling, the product, the sum).
+with u the unit roundoff of the dtype (2**-24 float32, 2**-11 float16, 2**-8 bfloat16). The factor 2 is FlashAttention's
+rule. The bound is what rounding does to any implementation. Its first term is the one rounding of the result itself.
+Its second is r roundings of everything that goes in and of everything kept for the backward pass, through the condition
+of the problem: each such value x becomes x * (1 + r u e), e either -1 or 1, and the largest of a few draws counts. In
+the 16-bit dtypes r = 1: what is stored is rounded once, all else is float32. In float32 itself r = 4: a value passes
+about four roundings between load and store (the statistic, the scaling, the product, the sum).
 
 Without the bound, a peer that is right by luck in a tensor of few elements would forbid any rounding; a fixed tolerance
 would forgive bugs where the problem is well conditioned, and forbid rounding where it is not.
@@ -134,12 +134,11 @@ class Trial:
 
         def rounded(value: Tensor) -> Tensor:
             signs = torch.randint(2, value.shape, generator=generator) * 2 - 1
-            return value * (1 + r * u * signs)
+            return value * (1 + r * u * signs) if value.is_floating_point() else value
 
-        spread = [
-            _errors(self.evaluate(self.op.reference, torch.float64, disturb=rounded), self.truth)
-            for _ in range(self.draws)
-        ]
+        with torch.autograd.graph.saved_tensors_hooks(rounded, lambda saved: saved):
+            disturbed = [self.evaluate(self.op.reference, torch.float64, disturb=rounded) for _ in range(self.draws)]
+        spread = [_errors(results, self.truth) for results in disturbed]
         allowed = {}
         for name, true in self.truth.items():
             size = _max_and_rms(true)

@@ -14,6 +14,7 @@ from warploom.models.config import TransformerConfig
 from warploom.models.transformer import Transformer
 from warploom.optim import build_optimizers
 from warploom.train import matmul_rate
+from warploom.train.allocator import keep_freed_memory
 from warploom.train.batch_size import available_bytes
 from warploom.train.budget import BatchShape, BudgetPlan, Corpus, Machine, StepTimer, optimizer_for, plan
 from warploom.train.step import training_step
@@ -24,6 +25,8 @@ _LONGEST_S = 10.0  # per size; of steps so slow that three do not fit, one is en
 
 def plan_on_this_machine(left_s: float, dataset: TokenDataset, device: torch.device) -> BudgetPlan:
     """Plan a run that is over in left_s seconds, with sizes timed on `device`; takes some seconds itself."""
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does: it changes the time of a step
     split = dataset.train
     corpus = Corpus(split.num_tokens, split.num_bytes, dataset.tokenizer.vocab_size)
     return plan(left_s, corpus, measure_machine(device), step_timer(dataset, device))

@@ -25,6 +25,7 @@ from warploom.errors import UserError
 from warploom.models.transformer import Transformer
 from warploom.optim import build_optimizers, lr_multiplier
 from warploom.train import matmul_rate, run_state
+from warploom.train.allocator import keep_freed_memory
 from warploom.train.batch_size import find_micro_batch_size
 from warploom.train.batches import TokenData, TrainingData, inputs_to
 from warploom.train.budget import corrected_steps, is_correction_due
@@ -128,6 +129,8 @@ class Trainer:
         train = self.config.train
         if train.threads:
             torch.set_num_threads(train.threads)
+        if self._device.type == "cpu":
+            keep_freed_memory()
         self.model.to(self._device)
         self.model.compute_dtype = self._dtype
         self.model.gradient_checkpointing = train.grad_checkpointing
