@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format asan clean
 
 # Reinstalled when what decides the install changes; a change in csrc/ rebuilds the extension alone.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null)
@@ -14,10 +14,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -t
 	# torch first: the extension compiles against the torch it will run with.
 	$(PIP) pip setuptools ninja numpy torch
 	$(PIP) --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -c 'import json; r = json.load(open("engine/warploom/_build.json")); print("compiled kernels: " + (", ".join(r["levels"]) if r["built"] else "none, so everything runs on torch alone: " + r["reason"]))'
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/warploom demo
+	$(BIN)/warploom train --budget 5m --train.out-dir runs/demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
@@ -33,6 +34,17 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs --no-run-if-empty $(BIN)/clang-format -i
+
+# A second build of the extension under AddressSanitizer and UBSan, and every kernel at two levels through it.
+SANITIZE := -fsanitize=address,undefined
+asan: $(VENV)/.installed
+	CXXFLAGS="$(SANITIZE) -fno-sanitize=vptr -O1 -g -fno-omit-frame-pointer -Wno-uninitialized" LDFLAGS="$(SANITIZE)" \
+	    $(BIN)/python setup.py -q build --build-lib build/asan
+	for level in portable avx2; do \
+	    WARPLOOM_CPU_LEVEL=$$level PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    $(BIN)/python tests/csrc/check_level.py layer_norm rms_norm linear_relu attention || exit 1; \
+	done
 
 clean:
 	rm -rf build engine/*.egg-info engine/warploom/_C*.so engine/warploom/_build.json

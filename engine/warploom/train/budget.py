@@ -220,7 +220,7 @@ def expected_loss(num_hidden: int, tokens: float, unique_tokens: int) -> float:
     return _LOSS_FLOOR + _SIZE_FACTOR / num_hidden**_SIZE_POWER + _DATA_FACTOR / worth**_DATA_POWER
 
 
-_LOSS_FLOOR, _SIZE_FACTOR, _SIZE_POWER, _DATA_FACTOR, _DATA_POWER = 1.69, 406.4, 0.34, 410.7, 0.28
+_LOSS_FLOOR, _SIZE_FACTOR, _SIZE_POWER, _DATA_FACTOR, _DATA_POWER = 1.06, 35.8, 0.34, 103.0, 0.28
 _REPEATS_WORTH = 15.4
 
 
@@ -270,7 +270,6 @@ def _model(index: int, vocab_size: int) -> TransformerConfig:
         d_model=d_model,
         num_layers=num_layers,
         num_heads=d_model // (64 if d_model % 64 == 0 and d_model > 128 else 32),
-        activation="relu2",
         norm="rms_norm",
     )
 
@@ -316,9 +315,9 @@ def _memory_bytes(model: TransformerConfig, seq_len: int, micro_batch_size: int,
 
 
 def optimizer_for(model: TransformerConfig) -> OptimizerConfig:
-    """Learning rates fall with the square root of the width."""
-    scale = math.sqrt(256 / model.d_model)
-    return OptimizerConfig(name="muon", lr=0.005 * scale, muon_lr=0.015 * scale)
+    """Muon, with rates found at width 128 that fall with the square root of the width."""
+    scale = math.sqrt(128 / model.d_model)
+    return OptimizerConfig(name="muon", lr=0.02 * scale, muon_lr=0.01 * scale, momentum=0.9)
 
 
 def _explain(
