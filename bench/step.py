@@ -220,8 +220,13 @@ def main(arguments: Arguments) -> None:
     for config in arguments.config:
         for dtype in arguments.dtype:
             records += bench(config, dtype, arguments.budget_s, arguments.threads)
+            show(records[-len(SUBJECTS) :])
+            write_records(arguments.json, records)
+
+
+def show(records: list[dict[str, Any]]) -> None:
     print_table(
-        "training step (ratio: torch-eager's time over this one's; share: of the matrix rate measured in this run)",
+        "ratio: torch-eager's time over this one's; share: of the matrix rate measured in this run",
         ("config", "dtype", "subject", "tokens/s", "ms/step", "spread", "ratio", "share", "peak MB"),
         [
             (
@@ -236,7 +241,6 @@ def main(arguments: Arguments) -> None:
             for record in records
         ],
     )
-    write_records(arguments.json, records)
 
 
 if __name__ == "__main__":
