@@ -12,6 +12,13 @@ import pytest  # noqa: E402
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def malloc_stays_as_it_is(monkeypatch):
+    """The trainer changes malloc for its whole process, which here is the process of all other tests too."""
+    for user in ("trainer", "probe"):
+        monkeypatch.setattr(f"warploom.train.{user}.keep_freed_memory", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real corpora, models and tokenizer vectors; it lies beside the checkout and is never part of it."""

@@ -1,4 +1,4 @@
-"""Keeps memory that tensors have freed, instead of giving it back to the system and faulting it in again.
+"""What malloc does with memory that tensors have freed: keep it, instead of faulting it in again, or give it back.
 
 PyTorch's CPU allocator asks malloc for every tensor, and glibc maps blocks of over 128 KB anew each time: a training
 step then takes tens of thousands of page faults, each zeroing 4 KB that the step is about to overwrite.
@@ -23,3 +23,10 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES))
     return all([mallopt(name, value) for name, value in settings])
+
+
+def release_freed_memory() -> None:
+    """Give free memory back to the system now, so that what is resident is what is in use. Nothing without glibc."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from warploom.errors import UserError
+from warploom.train.allocator import release_freed_memory
 
 # The rest is for checkpoints, evaluation and whoever else uses the machine.
 _USABLE = 0.7
@@ -63,6 +64,7 @@ def _largest_without_error(
 
 
 def _by_growth(run_step: Callable[[int], None], sizes: list[int], room_bytes: float) -> int:
+    release_freed_memory()  # a step that fits into holes would seem to need nothing
     before = psutil.Process().memory_info().rss
     run_step(sizes[0])  # workspaces are allocated once, whatever the size
     first = peak = _peak_rss_bytes(run_step, sizes[0])
@@ -81,7 +83,21 @@ def _by_growth(run_step: Callable[[int], None], sizes: list[int], room_bytes: fl
 
 
 def _peak_rss_bytes(run_step: Callable[[int], None], size: int) -> int:
-    """The largest resident set during run_step. Sampled, as the system's own high-water mark never comes down."""
+    """The largest resident set during run_step."""
+    try:
+        _CLEAR_REFS.write_text("5")  # Linux: sets the process's high-water mark to what is resident now
+    except OSError:
+        return _sampled_peak_rss_bytes(run_step, size)
+    run_step(size)
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10  # in kB
+
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def _sampled_peak_rss_bytes(run_step: Callable[[int], None], size: int) -> int:
+    """The same where the high-water mark never comes down; a spike between two samples is missed."""
     process = psutil.Process()
     peak = 0
     done = threading.Event()

@@ -45,10 +45,10 @@ def parse_duration(text: str) -> float:
 _VOCABULARIES = ((200e3, 512), (2e6, 1024), (8e6, 2048), (100e6, 4096), (1e9, 8192), (10e9, 16384))
 _LARGEST_VOCABULARY = 32768
 
-# (d_model, layers), each with about twice the parameters of the one before.
+# (d_model, layers), each with two to three times the parameters of the one before.
 _SIZES = (
-    (64, 2), (96, 2), (128, 3), (192, 3), (256, 3), (256, 6), (384, 6), (512, 6), (512, 12), (640, 14), (768, 18),
-    (1024, 20), (1280, 24), (1536, 32), (2048, 36),
+    (64, 2), (64, 4), (96, 4), (128, 4), (192, 4), (256, 5), (384, 6), (512, 8), (640, 10), (768, 12), (1024, 14),
+    (1280, 18), (1536, 24), (2048, 28),
 )  # fmt: skip
 
 # Rows of (fewer passes over the corpus than this, dropout): what is read often enough is learned by heart.
@@ -220,7 +220,7 @@ def expected_loss(num_hidden: int, tokens: float, unique_tokens: int) -> float:
     return _LOSS_FLOOR + _SIZE_FACTOR / num_hidden**_SIZE_POWER + _DATA_FACTOR / worth**_DATA_POWER
 
 
-_LOSS_FLOOR, _SIZE_FACTOR, _SIZE_POWER, _DATA_FACTOR, _DATA_POWER = 1.06, 35.8, 0.34, 103.0, 0.28
+_LOSS_FLOOR, _SIZE_FACTOR, _SIZE_POWER, _DATA_FACTOR, _DATA_POWER = 0.30, 60.0, 0.34, 127.5, 0.28
 _REPEATS_WORTH = 15.4
 
 

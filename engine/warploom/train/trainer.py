@@ -129,8 +129,6 @@ class Trainer:
         train = self.config.train
         if train.threads:
             torch.set_num_threads(train.threads)
-        if self._device.type == "cpu":
-            keep_freed_memory()
         self.model.to(self._device)
         self.model.compute_dtype = self._dtype
         self.model.gradient_checkpointing = train.grad_checkpointing
@@ -155,6 +153,9 @@ class Trainer:
             self._stream = self._data.train_batches(self.progress.micro_batch_size)
             self._stream.load_state_dict(state.meta["loader"])
         self._saved = (self.progress.step, self.progress.evaluated_step)
+        if self._device.type == "cpu":
+            # After the search for the micro batch: it goes by how much memory the process takes from the system.
+            keep_freed_memory()
 
     def _start_monitor(self) -> None:
         if self._monitor is None:
