@@ -122,7 +122,7 @@ def test_importing_starts_no_thread_and_opens_no_file():
     no thread runs that was not there before."""
     script = f"""
 import os, sys, threading, importlib
-import torch, numpy, matplotlib, tensorboardX, rich, tyro, tokenizers, safetensors, jinja2, psutil, zstandard, xxhash
+import torch, numpy, tensorboardX, rich, tyro, tokenizers, safetensors, jinja2, psutil, zstandard, xxhash
 def state():
     files = {{os.readlink(f"/proc/self/fd/{{fd}}") for fd in os.listdir("/proc/self/fd")
              if os.path.exists(f"/proc/self/fd/{{fd}}")}}
