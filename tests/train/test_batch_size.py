@@ -1,5 +1,8 @@
 """The batch-size finder: measured growth on a CPU, out-of-memory errors on a (pretended) GPU."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -12,24 +15,49 @@ MB = 1 << 20
 
 
 def memory_hungry(per_sequence_bytes, fixed_bytes=0):
-    """A step that holds so much memory for a moment; .tried are the sizes it was asked for."""
+    """A step that holds .needs(size) bytes for a moment; .tried are the sizes it was asked for."""
 
     def run_step(size):
         run_step.tried.append(size)
-        torch.ones(fixed_bytes + size * per_sequence_bytes, dtype=torch.uint8).add_(1)
 
     run_step.tried = []
+    run_step.needs = lambda size: fixed_bytes + size * per_sequence_bytes
     return run_step
 
 
 @pytest.fixture
 def room(monkeypatch):
-    """Set the memory that the finder believes it may use."""
+    """Set the memory that the finder believes it may use. What a step takes is what it says, since this process, after
+    thousands of tests, is full of holes that a step fits into; the real reading is tested in a process of its own."""
+
+    def peak_rss_bytes(run_step, size):
+        run_step(size)
+        return 1024 * MB + run_step.needs(size)
 
     def set_room(num_bytes):
         monkeypatch.setattr(batch_size, "available_bytes", lambda: num_bytes / batch_size._USABLE)
+        monkeypatch.setattr(batch_size, "_rss_bytes", lambda: 1024 * MB)
+        monkeypatch.setattr(batch_size, "_peak_rss_bytes", peak_rss_bytes)
 
     return set_room
+
+
+IN_A_PROCESS = """
+import torch
+from warploom.train import batch_size
+batch_size.available_bytes = lambda: 16 * (1 << 30) / batch_size._USABLE
+tried = []
+def run_step(size):
+    tried.append(size)
+    torch.ones(size * 40 << 20, dtype=torch.uint8).add_(1)
+print(batch_size.find_micro_batch_size(run_step, 1024, torch.device("cpu"), reserve_bytes=0), max(tried))
+"""
+
+
+def test_real_memory_is_measured_in_a_fresh_process():
+    done = subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True, check=True)
+    found, largest_tried = map(int, done.stdout.split())
+    assert found == 256 and largest_tried <= 8  # as below, with real tensors
 
 
 @pytest.mark.parametrize("fixed_bytes", [0, 128 * MB])

@@ -65,7 +65,7 @@ def _largest_without_error(
 
 def _by_growth(run_step: Callable[[int], None], sizes: list[int], room_bytes: float) -> int:
     release_freed_memory()  # a step that fits into holes would seem to need nothing
-    before = psutil.Process().memory_info().rss
+    before = _rss_bytes()
     run_step(sizes[0])  # workspaces are allocated once, whatever the size
     first = peak = _peak_rss_bytes(run_step, sizes[0])
     measured = sizes[0]
@@ -80,6 +80,10 @@ def _by_growth(run_step: Callable[[int], None], sizes: list[int], room_bytes: fl
     else:
         per_sequence = (peak - before) / measured
     return max(size for size in sizes if size <= measured or size * per_sequence <= room_bytes)
+
+
+def _rss_bytes() -> int:
+    return psutil.Process().memory_info().rss
 
 
 def _peak_rss_bytes(run_step: Callable[[int], None], size: int) -> int:
