@@ -46,7 +46,8 @@ class Pass:
 
 
 def passes(op: Op, case: BenchCase, dtype: torch.dtype) -> Iterator[Pass]:
-    """The forward without gradients, then the backward alone; both together where they cannot be told apart."""
+    """The forward without gradients, then the backward alone; both together where they cannot be told apart. An op that
+    is not differentiable has the forward only; one that changes its arguments goes on from what it has made of them."""
     trial = Trial(op, case, dtype, draws=1)
     wrong = [str(deviation) for deviation in trial.deviations(trial.evaluate(op.function)) if not deviation.acceptable]
     if wrong:
@@ -69,6 +70,8 @@ def passes(op: Op, case: BenchCase, dtype: torch.dtype) -> Iterator[Pass]:
 
     flops, elements = case.flops, case.bytes_per_element
     yield Pass("forward", {name: forward(f) for name, f in functions.items()}, flops, elements * size)
+    if not op.differentiable:
+        return
     flops, elements = case.backward_flops, case.backward_bytes_per_element
     if case.backward_in_forward:
         flops, elements = flops + case.flops, elements + case.bytes_per_element

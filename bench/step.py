@@ -27,6 +27,8 @@ from bench.plain_torch import plain_copy
 from warploom.models.config import TransformerConfig
 from warploom.models.presets import preset
 from warploom.models.transformer import Transformer
+from warploom.nn.linear import keep_packed
+from warploom.optim import AdamW
 from warploom.train.allocator import keep_freed_memory
 from warploom.train.batches import Batch
 from warploom.train.step import training_step
@@ -93,8 +95,9 @@ def build_step(subject: str, case: StepCase, dtype: torch.dtype) -> Callable[[],
 
 def _warploom_step(model: Transformer, batch: Batch, dtype: torch.dtype) -> Callable[[], float]:
     model.compute_dtype = dtype
+    keep_packed(model)  # as the trainer does
     parameters = list(model.parameters())
-    optimizers = [torch.optim.AdamW(parameters, lr=LR, fused=True)]
+    optimizers = [AdamW(parameters, lr=LR)]
 
     def loss_sum(tokens: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         return model.loss(tokens, targets, reduction="sum", **inputs)

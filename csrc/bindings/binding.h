@@ -9,7 +9,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
+
+#include <type_traits>
 
 #include "common/dtypes.h"
 
@@ -55,6 +58,25 @@ inline void check(const char* name, const Tensor& tensor, at::IntArrayRef shape,
 }
 inline void check(const char* name, const OptionalTensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
   if (tensor.has_value()) check(name, *tensor, shape, dtype);
+}
+
+// A parameter matrix (F, C) that goes with x (..., C) is of x's dtype, or float32 where x has 16 bits.
+inline void check_parameter(const char* name, const Tensor& parameter, const Tensor& x) {
+  TORCH_CHECK_VALUE(parameter.dim() == 2 && x.dim() > 0 && parameter.size(1) == x.size(-1), name, " must be (F, ",
+                    x.size(-1), "), got ", parameter.sizes());
+  TORCH_CHECK_TYPE(parameter.scalar_type() == x.scalar_type() ||
+                       (parameter.scalar_type() == at::kFloat && x.scalar_type() != at::kDouble),
+                   name, " must be ", x.scalar_type(), " or Float, got ", parameter.scalar_type());
+}
+
+// Calls body(kernels, element of x, element of parameter) with those of the table for this pair of dtypes.
+template <class Table, class Body>
+void switch_parameter(const Table& table, const Tensor& x, const Tensor& parameter, Body&& body) {
+  switch_dtype(x, [&](auto element) {
+    const auto& kernels = table.get(element);
+    if (x.scalar_type() == parameter.scalar_type()) return body(kernels.same, element, element);
+    if constexpr (!std::is_same_v<decltype(element), double>) return body(kernels.master, element, float{});
+  });
 }
 
 inline OptionalTensor contiguous(const OptionalTensor& tensor) {

@@ -346,4 +346,9 @@ WARPLOOM_INLINE Floats exp2(Floats x) {
 #endif
 }
 
+WARPLOOM_INLINE Doubles exp2(Doubles x) {
+  for (int i = 0; i < kLanes<Doubles>; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
 }  // namespace warploom::cpu::WARPLOOM_LEVEL

@@ -1,9 +1,11 @@
-// C = A * B^T with an epilogue: both operands packed into panels, one micro-kernel, sums in float (double for double).
+// C = A * B with an epilogue: B packed into panels beforehand, A as it lies or packed on the way, sums in float (double
+// for double).
 //
-// Who holds what: B is packed whole, once, and shared. C is cut into blocks of rows and columns, the units of parallel
-// work; each packs its part of A, a range of k at a time, so that this part stays in the second-level cache while the
-// panels of B pass through the first-level one. Sums that wait for the next range of k rest in scratch memory as whole
-// tiles. The cut depends on the shape alone, so results are the same for any number of threads.
+// C is cut into blocks of rows and columns, the units of parallel work. A block goes through k in ranges, so that its
+// parts of A and B stay in the second-level cache; sums that wait for the next range rest in scratch memory as whole
+// tiles. A finished tile's epilogue runs in slices between the steps of the next tile: the matrix unit and the vector
+// units then work at the same time. The cut of k depends on the shape alone, so results are the same for any number of
+// threads.
 #pragma once
 
 #include "common/parallel.h"
@@ -12,70 +14,163 @@
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
 
-// a.P is M, b.P is N. epilogue(m, n, v, lanes) receives the sums of row m from column n on, as one vector, exactly once
-// per element, and stores what becomes of them. a_sums: null, or M numbers that receive the sums of A's rows over k.
-template <class A, class B, class Epilogue>
-static void gemm(const A& a, const B& b, Epilogue&& epilogue,
-                 typename Accumulator<typename A::T>::type* a_sums = nullptr) {
-  using T = typename A::T;
+constexpr int64_t round_up_to(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// The right operand of a product, K by N, packed: whole panels of Tile::kPanel columns, as many as whole tiles take.
+template <class T>
+struct RightPanels {
+  using Tile = typename TileOf<T>::type;
+  using Element = typename Tile::Element;
+  const Element* data;
+  int64_t N, K;
+
+  static int64_t panel_size(int64_t K) { return Tile::kPanel * round_up_to(K, Tile::kDepth); }
+  static int64_t num_panels(int64_t N) { return round_up_to(N, Tile::kCols) / Tile::kPanel; }
+  static int64_t size(int64_t N, int64_t K) { return num_panels(N) * panel_size(K); }
+};
+
+// Packs the whole of b into panels, RightPanels<T>::size(b.P, b.K) elements.
+template <class T, class B>
+static RightPanels<T> pack_right_operand(const B& b, typename RightPanels<T>::Element* panels) {
+  using Tile = typename TileOf<T>::type;
+  // In stretches of what lies contiguous: panels if that is k, else k.
+  constexpr int64_t kPanelsAtOnce = 4, kDepthAtOnce = 256;
+  const int64_t count = RightPanels<T>::num_panels(b.P), panel_size = RightPanels<T>::panel_size(b.K);
+  const auto pack = [&](int64_t first, int64_t last, int64_t k_begin, int64_t k_end) {
+    pack_panels<Tile::kPanel, Tile::kGroupB, Tile::kDepth>(b, first * Tile::kPanel, last - first, k_begin, k_end,
+                                                           panels + first * panel_size + k_begin * Tile::kPanel,
+                                                           panel_size, static_cast<typename Tile::Sum*>(nullptr));
+  };
+  if (B::kAlongK) {
+    parallel_for((count + kPanelsAtOnce - 1) / kPanelsAtOnce, [&](int64_t block) {
+      pack(block * kPanelsAtOnce, smaller((block + 1) * kPanelsAtOnce, count), 0, b.K);
+    });
+  } else {
+    parallel_for((b.K + kDepthAtOnce - 1) / kDepthAtOnce, [&](int64_t block) {
+      pack(0, count, block * kDepthAtOnce, smaller((block + 1) * kDepthAtOnce, b.K));
+    });
+  }
+  return {panels, b.P, b.K};
+}
+
+// Fetches part `share` of `shares` of rows [m, m + rows) of A into the second-level cache: read as tiles, rows arrive
+// in an order that the processor does not foresee.
+template <class A>
+WARPLOOM_INLINE void fetch_share(const A& a, int64_t m, int64_t rows, int64_t k, int64_t depth, int64_t share,
+                                 int64_t shares) {
+  constexpr int64_t kLine = 64 / sizeof(typename A::T);
+  for (int64_t row = rows * share / shares; row < rows * (share + 1) / shares; ++row) {
+    const auto* data = a.data + (m + row) * a.stride + k;
+    for (int64_t at = 0; at < depth; at += kLine) __builtin_prefetch(data + at, 0, 2);
+  }
+}
+
+// The epilogue of one tile, a slice of rows at a time.
+template <class Tile, class Epilogue>
+struct PendingTile {
+  const Epilogue& epilogue;
+  const typename Tile::Sum* tile = nullptr;
+  int64_t m = 0, n = 0;
+  int rows = 0, cols = 0, next_row = 0;
+
+  WARPLOOM_INLINE void finish_rows(int end) {
+    for (end = end < rows ? end : rows; next_row < end; ++next_row) {
+      const auto* sums = tile + next_row * Tile::kCols;
+      const int64_t row = m + next_row;
+      if (cols == Tile::kCols) {
+        for (int j = 0; j < Tile::kCols; j += kLanes<typename Tile::Vector>)
+          epilogue(row, n + j, load(sums + j), All{});
+      } else {
+        each_vector<typename Tile::Vector>(cols,
+                                           [&](int64_t j, auto lanes) { epilogue(row, n + j, load(sums + j), lanes); });
+      }
+    }
+  }
+};
+
+// a.P is M and a.K is b.K. epilogue(m, n, v, lanes) receives the sums of row m from column n on, as one vector, exactly
+// once per element, and stores what becomes of them. a_sums: null, or M numbers that receive the sums of A's rows over
+// k, for an A that does not lie along k.
+template <class T, class A, class Epilogue>
+static void gemm(const A& a, const RightPanels<T>& b, const Epilogue& epilogue,
+                 typename Accumulator<T>::type* a_sums = nullptr) {
   using Tile = typename TileOf<T>::type;
   using Element = typename Tile::Element;
   using Sum = typename Tile::Sum;
   constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kDepth = Tile::kDepth;
-  constexpr int64_t kColsPerBlock = 768, kPanelsOfA = Tile::kRowsPerBlock / kRows;
-  const int64_t M = a.P, N = b.P, K = a.K;
+  constexpr int64_t kPanelsOfA = Tile::kRowsPerBlock / kRows;
+  const int64_t M = a.P, N = b.N, K = a.K;
 
-  // Ranges of k of about equal length; one empty range if there is no k, since C must still be written.
-  const int64_t most = Tile::kDepthPerBlock, ranges = K > most ? (K + most - 1) / most : 1;
-  const int64_t range = ((K + ranges - 1) / ranges + kDepth - 1) / kDepth * kDepth;
-  const int64_t padded_k = (K + kDepth - 1) / kDepth * kDepth;
+  // Shorter where A is packed, so that a block is wide and its part of A is packed for many columns. Ranges of about
+  // equal length; one empty range if there is no k, since C must still be written.
+  const int64_t most = Tile::template kReadsRows<A> ? Tile::kDepthPerBlock : Tile::kDepthPacked,
+                ranges = K > most ? (K + most - 1) / most : 1;
+  const int64_t range = round_up_to((K + ranges - 1) / ranges, kDepth);
+  // As many columns as the cache has room for at this depth.
+  const int64_t fitting = Tile::kSizeOfBlockB / (range > 0 ? range : 1);
+  const int64_t tiles_n = (N + kCols - 1) / kCols;
+  const int64_t tiles_wide = fitting / kCols > 1 ? fitting / kCols : 1;
+  const int64_t blocks_n = (tiles_n + tiles_wide - 1) / tiles_wide, panels_m = (M + kRows - 1) / kRows;
+  // Few blocks are cut finer until all threads get equally many: a larger block reads less for each product, but nobody
+  // gains by waiting. An element's sum does not depend on the block it is in.
+  const int64_t threads = thread_count();
+  int64_t blocks_m = (panels_m + kPanelsOfA - 1) / kPanelsOfA;
+  while (blocks_m < panels_m && blocks_m * blocks_n < 4 * threads && blocks_m * blocks_n % threads != 0) ++blocks_m;
+  const int64_t panel_b = RightPanels<T>::panel_size(K);
 
-  const int64_t panels_b = (N + kCols - 1) / kCols;
-  Element* packed_b = scratch<Element>(0, panels_b * kCols * padded_k);
-  parallel_for(panels_b, [&](int64_t panel) {
-    pack_panel<kCols, Tile::kGroupB, kDepth>(b, panel * kCols, 0, K, packed_b + panel * kCols * padded_k,
-                                             static_cast<Sum*>(nullptr));
-  });
-
-  const int64_t blocks_m = (M + Tile::kRowsPerBlock - 1) / Tile::kRowsPerBlock;
-  const int64_t blocks_n = (N + kColsPerBlock - 1) / kColsPerBlock;
-  constexpr int64_t kPanelsPerBlock = kColsPerBlock / kCols;
   parallel_for(blocks_m * blocks_n, [&](int64_t block) {
-    const int64_t block_m = block % blocks_m, block_n = block / blocks_m, m_begin = block_m * Tile::kRowsPerBlock;
-    const int64_t panels_left = (M - m_begin + kRows - 1) / kRows;
-    const int64_t panels_a = panels_left < kPanelsOfA ? panels_left : kPanelsOfA;
-    const int64_t panel_begin = block_n * kPanelsPerBlock;
-    const int64_t panel_end = panel_begin + kPanelsPerBlock < panels_b ? panel_begin + kPanelsPerBlock : panels_b;
+    const int64_t block_m = block % blocks_m, block_n = block / blocks_m;
+    const int64_t first_panel = panels_m * block_m / blocks_m, m_begin = first_panel * kRows;
+    const int64_t panels_a = panels_m * (block_m + 1) / blocks_m - first_panel;
+    const int64_t tile_begin = tiles_n * block_n / blocks_n, tile_end = tiles_n * (block_n + 1) / blocks_n;
     Element* packed_a = scratch<Element>(4, kPanelsOfA * kRows * range);
-    Sum* tiles = scratch<Sum>(5, (ranges > 1 ? kPanelsPerBlock * kPanelsOfA : 1) * kRows * kCols);
+    // Two in turn where no sums wait: one is computed while the other leaves.
+    Sum* tiles = scratch<Sum>(5, (ranges > 1 ? tiles_wide * kPanelsOfA : 2) * kRows * kCols);
     Sum row_sums[kPanelsOfA * kRows] = {};
     typename Tile::Session session;
+    PendingTile<Tile, Epilogue> pending{epilogue};
+    int64_t turn = 0;
 
     for (int64_t r = 0; r < ranges; ++r) {
       const int64_t k_begin = r * range, k_end = r + 1 < ranges ? k_begin + range : K;
-      const int64_t depth = (k_end - k_begin + kDepth - 1) / kDepth * kDepth;
-      for (int64_t i = 0; i < panels_a; ++i) {
-        pack_panel<kRows, Tile::kGroupA, kDepth>(
-            a, m_begin + i * kRows, k_begin, k_end, packed_a + i * kRows * depth,
-            a_sums != nullptr && block_n == 0 ? row_sums + i * kRows : static_cast<Sum*>(nullptr));
+      const int64_t depth = round_up_to(k_end - k_begin, kDepth);
+      // Whole panels are read as they lie where the tile can, others are packed.
+      const int64_t whole = Tile::template kReadsRows<A> && k_begin + depth <= K ? (M - m_begin) / kRows : 0;
+      const int64_t first_packed = smaller(whole, panels_a);
+      if (first_packed < panels_a) {
+        pack_panels<kRows, Tile::kGroupA, kDepth>(
+            a, m_begin + first_packed * kRows, panels_a - first_packed, k_begin, k_end,
+            packed_a + first_packed * kRows * depth, kRows * depth,
+            a_sums != nullptr && block_n == 0 ? row_sums + first_packed * kRows : static_cast<Sum*>(nullptr));
       }
-      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        const Element* panel_b = packed_b + (panel * padded_k + k_begin) * kCols;
-        for (int64_t i = 0; i < panels_a; ++i) {
-          Sum* tile = tiles + (ranges > 1 ? ((panel - panel_begin) * kPanelsOfA + i) * kRows * kCols : 0);
-          Tile::run(depth, packed_a + i * kRows * depth, panel_b, tile, r > 0);
-          if (r + 1 < ranges) continue;
-          const int64_t m = m_begin + i * kRows, n = panel * kCols;
-          const int64_t rows = M - m < kRows ? M - m : kRows, cols = N - n < kCols ? N - n : kCols;
-          for (int64_t row = 0; row < rows; ++row) {
-            each_vector<typename Tile::Vector>(
-                cols, [&](int64_t j, auto lanes) { epilogue(m + row, n + j, load(tile + row * kCols + j), lanes); });
+      for (int64_t i = 0; i < panels_a; ++i) {
+        const int64_t m = m_begin + i * kRows;
+        LeftPanel<Element> left{packed_a + i * kRows * depth, Tile::kGroupA, kRows * Tile::kGroupA};
+        if constexpr (Tile::template kReadsRows<A>) {
+          if (i < first_packed) left = {a.data + m * a.stride + k_begin, a.stride, kDepth};
+        }
+        const bool fetches = i + 1 < first_packed;
+        for (int64_t t = tile_begin; t < tile_end; ++t) {
+          if constexpr (Tile::template kReadsRows<A>) {
+            if (fetches) fetch_share(a, m + kRows, kRows, k_begin, depth, t - tile_begin, tile_end - tile_begin);
           }
+          const Element* right = b.data + t * (kCols / Tile::kPanel) * panel_b + k_begin * Tile::kPanel;
+          const int64_t place = ranges > 1 ? (t - tile_begin)* kPanelsOfA + i : turn ^= 1;
+          Sum* tile = tiles + place * kRows * kCols;
+          Tile::run(depth, left, right, panel_b, tile, r > 0, pending);
+          if (r + 1 < ranges) continue;
+          pending.tile = tile;
+          pending.m = m;
+          pending.n = t * kCols;
+          pending.rows = static_cast<int>(M - m < kRows ? M - m : kRows);
+          pending.cols = static_cast<int>(N - pending.n < kCols ? N - pending.n : kCols);
+          pending.next_row = 0;
         }
       }
     }
+    pending.finish_rows(kRows);
     if (a_sums != nullptr && block_n == 0) {
-      const int64_t rows = M - m_begin < Tile::kRowsPerBlock ? M - m_begin : Tile::kRowsPerBlock;
+      const int64_t rows = smaller(M - m_begin, panels_a * kRows);
       memcpy(a_sums + m_begin, row_sums, static_cast<uint64_t>(rows) * sizeof(Sum));
     }
   });

@@ -1,8 +1,12 @@
 // Micro-kernels: one kRows x kCols tile of C = A * B, out of a packed panel of A and one of B, all sums in registers.
 //
-// A panel holds kRows rows of A (or kCols columns of B) for a range of k as [k / group][row][k % group], so that the
-// loop over k reads it front to back. The groups are what the instruction eats at once: 1 for multiply-add, 2 for the
-// bf16 dot product, 32 for the rows of an AMX tile of A. kDepth is the multiple k is padded to, with zeros.
+// A panel holds kRows rows of A (or kPanel columns of B) for a range of k as [k / group][row][k % group], so that the
+// loop over k reads it front to back; a tile takes kCols / kPanel panels of B. The groups are what the instruction eats
+// at once: 1 for multiply-add, 2 for the bf16 dot product, 32 for the rows of an AMX tile of A. kDepth is the multiple
+// k is padded to, with zeros. A tile that kReadsRows of an operand A takes them as they lie in memory.
+//
+// kRowsPerBlock, kDepthPerBlock (kDepthPacked where A has to be packed) and kSizeOfBlockB (in elements) say how much of
+// C, k and B a thread works through at once: what stays in the second-level cache.
 #pragma once
 
 #include "common/simd.h"
@@ -21,6 +25,13 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 
 constexpr int kStepsAhead = 16;  // of k, for prefetching
 
+// Of A: row r at step k / kDepth is at data + step * step_stride + r * row_stride.
+template <class Element>
+struct LeftPanel {
+  const Element* data;
+  int64_t row_stride, step_stride;
+};
+
 struct NoSession {
   ~NoSession() {}  // not trivial, so that a variable of this type is not unused
 };
@@ -31,12 +42,26 @@ struct MultiplyAddTile {
   using Sum = Scalar;
   using Vector = V;
   using Session = NoSession;
-  static constexpr int kRows = kTileRows, kCols = kTileVectors * kLanes<V>;
+  static constexpr int kRows = kTileRows, kCols = kTileVectors * kLanes<V>, kPanel = kCols;
   static constexpr int kGroupA = 1, kGroupB = 1, kDepth = 1;
-  static constexpr int kRowsPerBlock = 112 / kTileRows * kTileRows, kDepthPerBlock = kMaxDepthOfBlock;
+  static constexpr int kRowsPerBlock = 112 / kTileRows * kTileRows, kDepthPerBlock = kMaxDepthOfBlock,
+                       kDepthPacked = kDepthPerBlock;
+  static constexpr int64_t kSizeOfBlockB = 768 * kMaxDepthOfBlock;
+  template <class A>
+  static constexpr bool kReadsRows = false;
 
-  // tile (kRows, kCols) = a * b over `depth` values of k, plus what tile holds if accumulate.
-  static void run(int64_t depth, const Scalar* a, const Scalar* b, Scalar* tile, bool accumulate) {
+  // tile (kRows, kCols) = a * b over `depth` values of k, plus what tile holds if accumulate. Finishes `pending`.
+  template <class Pending>
+  static void run(int64_t depth, const LeftPanel<Scalar>& left, const Scalar* b, int64_t, Scalar* tile, bool accumulate,
+                  Pending& pending) {
+    pending.finish_rows(kRows);
+    multiply(depth, left.data, b, tile, accumulate);
+  }
+
+ private:
+  // Not inlined: among the code of an epilogue the compiler runs out of registers for the sums.
+  static __attribute__((noinline)) void multiply(int64_t depth, const Scalar* a, const Scalar* b, Scalar* tile,
+                                                 bool accumulate) {
     V sums[kRows][kTileVectors];
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kTileVectors; ++v) sums[r][v] = accumulate ? load(tile + r * kCols + v * kLanes<V>) : V{};
@@ -70,11 +95,23 @@ struct DotTile {
   using Sum = float;
   using Vector = Floats;
   using Session = NoSession;
-  static constexpr int kRows = kTileRows, kCols = kTileVectors * kWidth;
+  static constexpr int kRows = kTileRows, kCols = kTileVectors * kWidth, kPanel = kCols;
   static constexpr int kGroupA = 2, kGroupB = 2, kDepth = 2;
-  static constexpr int kRowsPerBlock = 112, kDepthPerBlock = 768;
+  static constexpr int kRowsPerBlock = 112, kDepthPerBlock = 768, kDepthPacked = 768;
+  static constexpr int64_t kSizeOfBlockB = 768 * 768;
+  template <class A>
+  static constexpr bool kReadsRows = false;
 
-  static void run(int64_t depth, const bf16* a, const bf16* b, float* tile, bool accumulate) {
+  template <class Pending>
+  static void run(int64_t depth, const LeftPanel<bf16>& left, const bf16* b, int64_t, float* tile, bool accumulate,
+                  Pending& pending) {
+    pending.finish_rows(kRows);
+    multiply(depth, left.data, b, tile, accumulate);
+  }
+
+ private:
+  static __attribute__((noinline)) void multiply(int64_t depth, const bf16* a, const bf16* b, float* tile,
+                                                 bool accumulate) {
     Floats sums[kRows][kTileVectors];
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kTileVectors; ++v) sums[r][v] = accumulate ? load(tile + r * kCols + v * kWidth) : Floats{};
@@ -106,9 +143,12 @@ struct AmxTile {
   using Element = bf16;
   using Sum = float;
   using Vector = Floats;
-  static constexpr int kRows = 32, kCols = 32;
+  static constexpr int kRows = 32, kCols = 32, kPanel = 16;
   static constexpr int kGroupA = 32, kGroupB = 2, kDepth = 32;
-  static constexpr int kRowsPerBlock = 128, kDepthPerBlock = 512;
+  static constexpr int kRowsPerBlock = 256, kDepthPerBlock = 1536, kDepthPacked = 512;
+  static constexpr int64_t kSizeOfBlockB = 170 * 1536;
+  template <class A>
+  static constexpr bool kReadsRows = A::kAlongK && sizeof(typename A::T) == sizeof(bf16);
 
   // The tile configuration of the thread, which other libraries set for themselves too. Released at the end, since
   // a thread with live tiles saves 8 KiB more at each switch.
@@ -126,8 +166,11 @@ struct AmxTile {
     Session& operator=(const Session&) = delete;
   };
 
-  static void run(int64_t depth, const bf16* a, const bf16* b, float* tile, bool accumulate) {
-    constexpr int kTileStride = kCols * sizeof(float), kStrideA = 64, kStrideB = 2 * kCols * sizeof(bf16);
+  // A step takes 64 cycles of the matrix unit, during which `pending` has the vector units to itself.
+  template <class Pending>
+  static void run(int64_t depth, const LeftPanel<bf16>& left, const bf16* b, int64_t panel_stride, float* tile,
+                  bool accumulate, Pending& pending) {
+    constexpr int kTileStride = kCols * sizeof(float);
     if (accumulate) {
       _tile_loadd(0, tile, kTileStride);
       _tile_loadd(1, tile + 16, kTileStride);
@@ -139,16 +182,25 @@ struct AmxTile {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t k = 0; k < depth; k += 32, a += 32 * kRows, b += 32 * kCols) {
-      _tile_loadd(6, b, kStrideB);
-      _tile_loadd(7, b + 32, kStrideB);
-      _tile_loadd(4, a, kStrideA);
+    const int64_t row_bytes = left.row_stride * sizeof(bf16);
+    const bf16 *a = left.data, *a_low = left.data + 16 * left.row_stride, *b_right = b + panel_stride;
+    const int steps = static_cast<int>(depth / kDepth), rows_per_step = steps > 0 ? (kRows + steps - 1) / steps : kRows;
+    for (int step = 0; step < steps; ++step) {
+      _tile_loadd(6, b, 64);
+      _tile_loadd(4, a, row_bytes);
       _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b_right, 64);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + 16 * 32, kStrideA);
+      _tile_loadd(5, a_low, row_bytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      a += left.step_stride;
+      a_low += left.step_stride;
+      b += kDepth * kPanel;
+      b_right += kDepth * kPanel;
+      pending.finish_rows((step + 1) * rows_per_step);
     }
+    pending.finish_rows(kRows);
     _tile_stored(0, tile, kTileStride);
     _tile_stored(1, tile + 16, kTileStride);
     _tile_stored(2, tile + 16 * kCols, kTileStride);

@@ -9,6 +9,7 @@ from warploom.models.config import TransformerConfig
 from warploom.models.presets import preset
 from warploom.models.transformer import Transformer
 from warploom.ops import backend
+from warploom.patch import patch, unpatch
 from warploom.train.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from warploom.train.load_model import LoadedModel, load_model
 from warploom.train.run import TextConfig, train_on_text
@@ -32,6 +33,8 @@ __all__ = [
     "evaluate",
     "generate",
     "load_model",
+    "patch",
     "preset",
     "train_on_text",
+    "unpatch",
 ]

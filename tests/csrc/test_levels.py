@@ -38,7 +38,7 @@ def usable_levels() -> list[str]:
 @pytest.mark.parametrize("level", [level for level in usable_levels() if level != _extension.level()])
 def test_every_kernel_is_right_at(level):
     script = str(Path(__file__).with_name("check_level.py"))
-    result = run_python(script, "layer_norm", "rms_norm", "linear_relu", WARPLOOM_CPU_LEVEL=level)
+    result = run_python(script, "layer_norm", "rms_norm", "linear", "adamw", "grad_norm", WARPLOOM_CPU_LEVEL=level)
     assert result.returncode == 0, result.stderr
 
 
@@ -119,14 +119,18 @@ def big_inputs(dtype: torch.dtype) -> dict[str, list[torch.Tensor | float | None
     x, dy, weight, bias = draw(N, C), draw(N, C), draw(C), draw(C)
     _, _, mean, rstd = torch.ops.warploom_cpu.layer_norm_fwd(x, weight, bias, None, 1e-5)
     matrix = draw(F, C) * C**-0.5
-    y = torch.ops.warploom_cpu.linear_relu_fwd(x, matrix, draw(F))
+    y = torch.ops.warploom_cpu.linear_fwd(x, matrix, draw(F), None, "relu", False)[0]
+    targets = torch.randint(F, (N,), generator=generator)
+    lse = torch.ops.warploom_cpu.linear_cross_entropy_fwd(x, matrix, targets, -100, False, False)[2]
     return {
         "layer_norm_fwd": [x, weight, bias, dy, 1e-5],
         "layer_norm_bwd": [dy, x, x, weight, mean, rstd],
         "rms_norm_fwd": [x, weight, dy, 1e-6],
         "rms_norm_bwd": [dy, x, x, weight, rstd],
-        "linear_relu_fwd": [x, matrix, draw(F)],
-        "linear_relu_bwd": [draw(N, F), x, matrix, y],
+        "linear_fwd": [x, matrix, draw(F), None, "relu", False],
+        "linear_bwd": [draw(N, F), x, matrix, None, y, "relu", True, True, True],
+        "linear_cross_entropy_fwd": [x, matrix, targets, -100, False, False],
+        "linear_cross_entropy_bwd": [torch.ones(()), x, matrix, targets, lse, -100, True, True],
     }
 
 

@@ -77,6 +77,21 @@ def test_muon_agrees_with_torch_up_to_its_bfloat16():
         assert (a - b).norm() < 0.05 * moved  # bfloat16 has 8 bits, and either side rounds in its own order
 
 
+def test_muons_factor_is_a_product_that_the_gradients_do_not_see():
+    generator = torch.Generator().manual_seed(4)
+    start, first, second = (torch.randn(6, 9, generator=generator) for _ in range(3))
+    folded, apart, unclipped = (nn.Parameter(start.clone()) for _ in range(3))
+    optimizers = [Muon([p], lr=0.1) for p in (folded, apart, unclipped)]
+    # Two steps: one alone is the same for every factor, as Muon's update has a size of its own.
+    for grad, factor in ((first, 0.25), (second, 1.0)):
+        for p, of_gradient, of_step in ((folded, 1.0, factor), (apart, factor, 1.0), (unclipped, 1.0, 1.0)):
+            p.grad = grad * of_gradient
+            optimizer = next(o for o in optimizers if o.param_groups[0]["params"][0] is p)
+            optimizer.step(grad_factor=of_step)
+        assert torch.equal(folded.grad, grad)
+    assert torch.equal(folded, apart) and not torch.allclose(folded, unclipped)
+
+
 def test_muon_updates_have_the_size_of_adamw_for_every_shape():
     for shape in [(32, 32), (16, 128), (128, 16)]:
         weight = nn.Parameter(torch.zeros(shape))

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from tests.train.toy import ToyBatch, ragged, reversing, toy_config, toy_model
+from torch.nn.utils import get_total_norm
 
-from warploom.optim import OptimizerConfig, build_optimizers
+from warploom.optim import Muon, OptimizerConfig, build_optimizers
 from warploom.train.step import training_step
 
 
@@ -58,17 +59,32 @@ def test_an_encoder_decoder_gets_its_source(tmp_path):
     assert model.encoder.blocks[0].attention.q_proj.weight.grad.abs().max() > 0
 
 
-def test_clipping_bounds_the_gradient_and_reports_the_norm_before(tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_clipping_bounds_what_the_optimizers_see_and_reports_the_norm_before(tmp_path, name):
     batch = ragged(8, torch.Generator().manual_seed(0))
-    free, clipped = (small_model(tmp_path) for _ in range(2))
-    before = run_step(free, [batch], grad_clip=0.0).grad_norm
-    assert run_step(clipped, [batch], grad_clip=0.1 * before).grad_norm == pytest.approx(before)
 
-    def norm(model):
-        return math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    def run(grad_clip):
+        """The outcome, the gradients' norm afterwards, and the norm of the gradients as the optimizers saw them."""
+        model = small_model(tmp_path)
+        optimizers = build_optimizers(model, OptimizerConfig(name=name))
+        outcome = run_step(model, [batch], optimizers=optimizers, grad_clip=grad_clip)
+        # The first moments after the first step are the gradients, times 1 - decay.
+        seen = []
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                key = "momentum_buffer" if isinstance(optimizer, Muon) else "exp_avg"
+                decay = group["momentum"] if isinstance(optimizer, Muon) else group["betas"][0]
+                seen += [optimizer.state[p][key] / (1 - decay) for p in group["params"]]
+        return outcome, get_total_norm([p.grad for p in model.parameters()]).item(), get_total_norm(seen).item()
 
-    assert norm(free) == pytest.approx(before, rel=1e-5)
-    assert norm(clipped) == pytest.approx(0.1 * before, rel=1e-4)
+    free, norm_after, norm_seen = run(grad_clip=0.0)
+    assert norm_after == pytest.approx(free.grad_norm, rel=1e-5) and norm_seen == pytest.approx(norm_after, rel=1e-5)
+    clipped, norm_after, norm_seen = run(grad_clip=0.1 * free.grad_norm)
+    assert clipped.grad_norm == pytest.approx(free.grad_norm)
+    assert norm_after == pytest.approx(free.grad_norm, rel=1e-5)
+    assert norm_seen == pytest.approx(0.1 * free.grad_norm, rel=1e-4)
+    _, _, norm_seen = run(grad_clip=2 * free.grad_norm)
+    assert norm_seen == pytest.approx(free.grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

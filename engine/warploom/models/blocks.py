@@ -15,7 +15,7 @@ from torch import Tensor
 
 from warploom.models.config import TransformerConfig
 from warploom.nn.attention import AttentionContext, CrossAttention, SelfAttention
-from warploom.nn.feed_forward import EXPANSIONS, FeedForward, SwiGLU
+from warploom.nn.feed_forward import FeedForward, SwiGLU
 from warploom.nn.norm import LayerNorm, RMSNorm
 from warploom.nn.position import (
     AlibiPosition,
@@ -31,7 +31,7 @@ NORMS: dict[str, Callable[[TransformerConfig], nn.Module]] = {
     "rms_norm": lambda config: RMSNorm(config.d_model, config.norm_eps),
 }
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
-    **{activation: partial(FeedForward, activation=activation) for activation in EXPANSIONS},
+    **{activation: partial(FeedForward, activation=activation) for activation in ("relu", "relu2", "gelu", "gelu_tanh")},
     "swiglu": SwiGLU,
 }
 # (config, whether the stack is causal) -> the positions of one stack, which all of its layers share.

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 from warploom.ops._op import REGISTRY, Op, backend, force_from_environment
 
 if TYPE_CHECKING:  # for type checkers, which cannot see what the loop below exports
+    from warploom.ops.adamw import adamw as adamw
     from warploom.ops.attention import attention as attention
+    from warploom.ops.cross_entropy import cross_entropy as cross_entropy
+    from warploom.ops.grad_norm import grad_norm as grad_norm
     from warploom.ops.layer_norm import layer_norm as layer_norm
+    from warploom.ops.linear import linear as linear
     from warploom.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from warploom.ops.linear_relu import linear_relu as linear_relu
     from warploom.ops.rms_norm import rms_norm as rms_norm
     from warploom.ops.rotary import rotary as rotary
 
@@ -19,6 +22,8 @@ for _module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{_module.name}")
 # Bound after the imports: importing a submodule binds its module to the same name.
 globals().update({name: op.function for name, op in REGISTRY.items()})
+from warploom.ops.linear import linear_relu  # noqa: E402  # the one public function that is not the name of an op
+
 force_from_environment()
 
-__all__ = ["REGISTRY", "Op", "backend", *REGISTRY]  # noqa: PLE0604
+__all__ = ["REGISTRY", "Op", "backend", "linear_relu", *REGISTRY]  # noqa: PLE0604

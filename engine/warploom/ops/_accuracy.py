@@ -19,6 +19,8 @@ would forgive bugs where the problem is well conditioned, and forbid rounding wh
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +49,12 @@ class Deviation:
         # So written that NaN is not acceptable.
         return self.max_error <= self.max_allowed and self.rms_error <= self.rms_allowed
 
+    @property
+    def share(self) -> float:
+        """The larger of the two errors as a share of what is allowed: up to 1 where it is acceptable."""
+        pairs = ((self.max_error, self.max_allowed), (self.rms_error, self.rms_allowed))
+        return max(0.0 if error == 0 else error / allowed if allowed > 0 else math.inf for error, allowed in pairs)
+
     def __str__(self) -> str:
         return (
             f"{self.result}: max error {self.max_error:.3g} (allowed {self.max_allowed:.3g}), "
@@ -59,14 +67,16 @@ class Trial:
 
     def __init__(self, op: Op, case: Case | BenchCase, dtype: torch.dtype, *, draws: int | None = None):
         self.op, self.dtype = op, dtype
-        no_grad, self.wide = (case.no_grad, case.wide) if isinstance(case, Case) else ((), ())
+        self.wide = case.wide
+        no_grad = case.no_grad if isinstance(case, Case) else ()
         made = case.make(torch.Generator().manual_seed(0))
         # Float64 tensors with values that the dtype under test holds.
         self.inputs = {name: self._held(name, value) for name, value in made.items()}
         floating = {name: value for name, value in self.inputs.items() if _is_floating(value)}
         self.differentiable = [name for name in floating if name not in no_grad]
         # The fewer the signs, the more draws it takes to come near the worst of them.
-        elements = sum(value.numel() for value in floating.values())
+        lists = [value for value in self.inputs.values() if isinstance(value, list)]
+        elements = sum(value.numel() for value in itertools.chain(floating.values(), *lists))
         self.draws = draws or (8 if elements < 5000 else 2)
 
     def output_gradients(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -75,6 +85,8 @@ class Trial:
         return [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(self.dtype).double() for y in outputs]
 
     def _held(self, name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._held(name, each) for each in value]
         return value.to(self._dtype_of(name, self.dtype)).double() if _is_floating(value) else value
 
     def _dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -87,14 +99,16 @@ class Trial:
     def _arguments(
         self, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], disturb: Callable[[Tensor], Tensor]
     ) -> dict[str, Any]:
-        arguments = {}
-        for name, value in self.inputs.items():
+        def argument(name: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return [argument(name, each) for each in value]
             if _is_floating(value):
                 value = disturb(value).to(self._dtype_of(name, dtype))
             if isinstance(value, Tensor):
                 value = layout(value.clone())
-            arguments[name] = value.requires_grad_() if name in self.differentiable else value
-        return arguments
+            return value.requires_grad_() if name in self.differentiable else value
+
+        return {name: argument(name, value) for name, value in self.inputs.items()}
 
     def evaluate(
         self,
@@ -104,13 +118,17 @@ class Trial:
         layout: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         disturb: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> Results:
-        """Outputs and gradients of the function, by name, in the dtype (default: the one under test).
+        """Outputs and gradients of the function, by name, in the dtype (default: the one under test); of an op that
+        mutates arguments, those arguments after the call.
 
         layout rewrites every tensor that goes in, output gradients too, to one of equal values and other strides;
         disturb changes the floating ones, given in float64.
         """
         arguments = self._arguments(dtype or self.dtype, layout, disturb)
-        outputs = as_tuple(function(**arguments))
+        returned = function(**arguments)
+        if self.op.mutates:
+            return {f"{name}[{i}]": value for name in self.op.mutates for i, value in enumerate(arguments[name])}
+        outputs = as_tuple(returned)
         results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
         if self.differentiable:
             gradients = torch.autograd.grad(

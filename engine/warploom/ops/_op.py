@@ -24,6 +24,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Tried in this order; an op's record decides which of them exist.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 REGISTRY: dict[str, Op] = {}
+_Objection = Callable[..., "str | None"]
+_Candidate = tuple["Backend", _Objection, _Objection, str]  # why not these arguments, why another first, key in calls
 
 _LIBRARY = torch.library.Library("warploom", "DEF")
 _log = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ class Backend:
     devices: tuple[str, ...]  # torch device types it runs on
     missing: Callable[[], str | None] = lambda: None  # why it cannot run in this process, None if it can
     refuses: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)  # why it cannot take these arguments
+    # Why the next back end is the faster one for these arguments, by measurement; asked unless this one is forced.
+    slower: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class BenchCase:
 
     name: str
     make: Callable[[torch.Generator], dict[str, Any]]
+    wide: tuple[str, ...] = ()  # as in Case
     flops: int = 0
     bytes_per_element: int = 0  # elements read and written at least once; times the dtype's size gives bytes
     backward_flops: int = 0
@@ -87,10 +92,11 @@ class Op:
 
     function: the public function. reference: the same in plain torch, differentiable, any floating dtype (float64 is
     the ground truth of every test). torch_peer: what a torch user would call today; the error and the speed to beat.
-    schemas, fakes: per operator suffix, the torch.library schema (a tensor first: its device decides the back end) and
-    the fake implementation (shapes and strides only). checks: per suffix, argument checks that read values; they run
-    inside the operator, where the graph capture of torch.compile does not see them, and on the CPU alone, since reading
-    values of another device would stall it.
+    schemas, fakes: per operator suffix, the torch.library schema (a tensor or a list of them first: its device decides
+    the back end) and the fake implementation (shapes and strides only). checks: per suffix, argument checks that read
+    values; they run inside the operator, where the graph capture of torch.compile does not see them, and on the CPU
+    alone, since reading values of another device would stall it. differentiable: whether autograd sees it; an op on
+    lists of tensors is not. mutates: lists that the function writes into instead of returning anything.
     """
 
     name: str
@@ -104,6 +110,8 @@ class Op:
     bad_cases: tuple[BadCase, ...] = ()
     bench_cases: tuple[BenchCase, ...] = ()
     checks: Mapping[str, Callable[..., None]] = field(default_factory=dict)
+    differentiable: bool = True
+    mutates: tuple[str, ...] = ()
     # "<operator suffix>/<back end>" -> times chosen. For tests: threads that race may lose a count.
     calls: Counter[str] = field(default_factory=Counter)
 
@@ -118,11 +126,12 @@ class Op:
     def _dispatcher(self, suffix: str) -> Callable[..., Any]:
         check = self.checks.get(suffix)
         calls = self.calls
-        # Per device: back end, its refusal of arguments, key in calls. What is missing stays so while a process lives.
-        usable: dict[str, list[tuple[Backend, Callable[..., str | None], str]]] = {}
+        # Per device. What is missing stays so while a process lives.
+        usable: dict[str, list[_Candidate]] = {}
 
         def dispatch(*args: Any) -> Any:
-            device = args[0].device.type
+            first = args[0]
+            device = (first[0] if isinstance(first, list) else first).device.type
             if check is not None and device == "cpu":
                 check(*args)
             forced = _forced.get(self.name, _forced.get("*")) if _forced else None
@@ -138,8 +147,8 @@ class Op:
                     names = (name for name in _order(device) if self.refusal(name, device) is None)
                     usable[device] = [self._candidate(name, suffix) for name in names]
                 candidates = usable[device]
-            for backend, refuses, key in candidates:
-                if refuses(*args) is None:
+            for backend, refuses, slower, key in candidates:
+                if refuses(*args) is None and (forced is not None or slower(*args) is None):
                     if key not in calls:
                         _log.info("%s: %s runs", self.name, key)
                     calls[key] += 1
@@ -148,9 +157,10 @@ class Op:
 
         return dispatch
 
-    def _candidate(self, name: str, suffix: str) -> tuple[Backend, Callable[..., str | None], str]:
+    def _candidate(self, name: str, suffix: str) -> _Candidate:
         backend = self.backends[name]
-        return backend, backend.refuses.get(suffix, _takes_all), f"{suffix}/{name}"
+        refuses, slower = backend.refuses.get(suffix, _takes_all), backend.slower.get(suffix, _takes_all)
+        return backend, refuses, slower, f"{suffix}/{name}"
 
     def refusal(self, name: str, device: str, suffix: str | None = None, *args: Any) -> str | None:
         """Say why the back end cannot serve this device (and these arguments of operator `suffix`), None if it can."""

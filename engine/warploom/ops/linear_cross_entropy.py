@@ -1,7 +1,9 @@
 """Cross-entropy of hidden weight^T against target classes, without ever holding the (N, V) logits.
 
-Rows are taken in chunks, and the gradients are made in the forward pass, while a chunk's logits are still there
-(Liger-Kernel's fused linear cross-entropy, 2024). Extra memory is one chunk of logits instead of N x V.
+There are two ways to the gradients. In the forward pass, while a chunk of logits is there (Liger-Kernel's fused linear
+cross-entropy, 2024): no product is made twice, but dweight, V x C, is read and written for every chunk of rows. Or in
+the backward pass, from each row's log-sum-exp and logits made again, some words at a time, as flash attention does:
+dweight is then written once. The second is taken for 16-bit hidden states, whose products are cheap.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from warploom.ops import _extension
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 # Rows of logits held at a time: as many as make CHUNK_ELEMENTS (16 MiB of float32), but at least CHUNK_ROWS. Each chunk
@@ -72,24 +75,27 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, mean, need_dhidden, need_dweight):
-        loss, count, dhidden, dweight = torch.ops.warploom.linear_cross_entropy_fwd.default(
-            hidden, weight, targets, ignore_index, need_dhidden, need_dweight
+        ctx.recompute = hidden.dtype in (torch.bfloat16, torch.float16) or OP.forced() == "cpu"
+        needs = (need_dhidden, need_dweight)
+        loss, count, lse, dhidden, dweight = torch.ops.warploom.linear_cross_entropy_fwd.default(
+            hidden, weight, targets, ignore_index, *((False, False) if ctx.recompute else needs)
         )
-        ctx.save_for_backward(count, dhidden, dweight)
-        ctx.mean, ctx.need_dhidden, ctx.need_dweight = mean, need_dhidden, need_dweight
+        ctx.save_for_backward(count, *((hidden, weight, targets, lse) if ctx.recompute else (dhidden, dweight)))
+        ctx.ignore_index, ctx.mean, ctx.needs = ignore_index, mean, needs
         return loss / count if mean else loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        count, dhidden, dweight = ctx.saved_tensors
+        count, *saved = ctx.saved_tensors
         # The clamp keeps the zero gradients of a batch with nothing to predict: 0 / 0 would make them NaN.
         scale = dloss / count.clamp(min=1) if ctx.mean else dloss
-        return (
-            dhidden * scale if ctx.need_dhidden else None,
-            dweight * scale if ctx.need_dweight else None,
-            *(None,) * 5,
-        )
+        if ctx.recompute:
+            saved = torch.ops.warploom.linear_cross_entropy_bwd.default(scale, *saved, ctx.ignore_index, *ctx.needs)
+        else:
+            saved = [gradient * scale for gradient in saved]
+        dhidden, dweight = (gradient if need else None for gradient, need in zip(saved, ctx.needs, strict=True))
+        return dhidden, dweight, *(None,) * 5
 
 
 def linear_cross_entropy_reference(hidden, weight, targets, ignore_index=-100, reduction="mean"):
@@ -107,6 +113,8 @@ def _check_values(hidden, weight, targets, ignore_index, need_dhidden, need_dwei
 
 
 def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
+    """The gradients of the sum are made here, while a chunk's logits are there: computing them again in the backward
+    would cost a third more products, and without kernels of one's own the products are all of the cost."""
     V, C = weight.shape
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     kept = (targets != ignore_index).reshape(-1, 1)  # (N, 1)
@@ -120,6 +128,7 @@ def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dwe
     products = x.new_empty(chunk, V)
     buffer = products if hidden.dtype == wide else products.to(wide)
     loss = torch.zeros((), dtype=wide, device=x.device)
+    lse = loss.new_empty(N)
     dhidden = x.new_empty((N, C) if need_dhidden else 0)
     dweight = torch.zeros((V, C) if need_dweight else 0, dtype=wide, device=x.device)
     partial = torch.empty_like(w) if need_dweight and hidden.dtype != wide else None
@@ -129,7 +138,8 @@ def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dwe
         logits = torch.mm(x[rows], w.mT, out=products[:n])  # (n, V)
         if logits.dtype != wide:
             logits = buffer[:n].copy_(logits)
-        log_p = torch.log_softmax(logits, 1, out=logits)
+        torch.logsumexp(logits, 1, out=lse[rows])
+        log_p = logits.sub_(lse[rows, None])
         loss -= log_p.gather(1, targets[rows]).where(kept[rows], 0.0).sum()
         if not (need_dhidden or need_dweight):
             continue
@@ -145,15 +155,33 @@ def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dwe
         elif need_dweight:
             dweight.addmm_(dlogits.mT, x[rows])
     dhidden = dhidden.view(hidden.shape) if need_dhidden else dhidden
-    return loss, kept.sum().to(wide), dhidden, dweight.to(weight.dtype)
+    return loss, kept.sum().to(wide), lse, dhidden, dweight.to(weight.dtype)
+
+
+def _reference_bwd(scale, hidden, weight, targets, lse, ignore_index, need_dhidden, need_dweight):
+    *_, dhidden, dweight = _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight)
+    return dhidden * scale.to(dhidden.dtype), dweight * scale.to(dweight.dtype)
 
 
 def _fake_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss = hidden.new_empty((), dtype=wide)
-    dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
-    dweight = weight.new_empty(weight.shape if need_dweight else 0)
-    return loss, torch.empty_like(loss), dhidden, dweight
+    lse = loss.new_empty(targets.numel())
+    return loss, torch.empty_like(loss), lse, *_fake_gradients(hidden, weight, need_dhidden, need_dweight)
+
+
+def _fake_bwd(scale, hidden, weight, targets, lse, ignore_index, need_dhidden, need_dweight):
+    return _fake_gradients(hidden, weight, need_dhidden, need_dweight)
+
+
+def _fake_gradients(hidden, weight, need_dhidden, need_dweight):
+    return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
+
+
+def _cpu_refuses(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
+    if need_dhidden or need_dweight:
+        return "its gradients are made in the backward pass, and the call wants them in the forward pass"
+    return None
 
 
 def _case(*leading, C, V, reduction="mean", ignored=(), spread=1.0):
@@ -191,11 +219,21 @@ OP = Op(
     torch_peer=linear_cross_entropy_reference,  # whole logits, as a torch user writes it
     schemas={
         "fwd": "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_dhidden, "
-        "bool need_dweight) -> (Tensor, Tensor, Tensor, Tensor)",
+        "bool need_dweight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "bwd": "(Tensor scale, Tensor hidden, Tensor weight, Tensor targets, Tensor lse, int ignore_index, "
+        "bool need_dhidden, bool need_dweight) -> (Tensor, Tensor)",
     },
-    fakes={"fwd": _fake_fwd},
+    fakes={"fwd": _fake_fwd, "bwd": _fake_bwd},
     checks={"fwd": _check_values},
-    backends={"reference": Backend(kernels={"fwd": _reference_fwd}, devices=("cpu", "cuda"))},
+    backends={
+        "reference": Backend(kernels={"fwd": _reference_fwd, "bwd": _reference_bwd}, devices=("cpu", "cuda")),
+        "cpu": Backend(
+            kernels={s: _extension.cpu_kernel(f"linear_cross_entropy_{s}") for s in ("fwd", "bwd")},
+            devices=("cpu",),
+            missing=lambda: _extension.why_missing("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
+            refuses={"fwd": _cpu_refuses},
+        ),
+    },
     cases=(
         Case("tiny", _case(2, 3, C=4, V=5), gradcheck=True),
         Case("tiny_sum_ignored", _case(6, C=4, V=5, reduction="sum", ignored=(0, 4)), gradcheck=True),

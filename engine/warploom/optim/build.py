@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
 
 from warploom.errors import UserError
+from warploom.optim.adamw import AdamW
 from warploom.optim.muon import Muon
 
 
@@ -43,7 +43,7 @@ class OptimizerConfig:
 
 def build_optimizers(
     model: nn.Module, config: OptimizerConfig, *, muon_dtype: torch.dtype = torch.float32
-) -> list[Optimizer]:
+) -> list[AdamW | Muon]:
     """Return the optimizers that together hold every trainable parameter of model once, AdamW as the last.
 
     Hidden matrices are the parameters of two dimensions that belong to no embedding and not to the output layer.
@@ -55,9 +55,9 @@ def build_optimizers(
     no_decay = {"params": rest, "weight_decay": 0.0}
 
     def adamw(groups: list[dict]) -> AdamW:
-        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
-    optimizers: list[Optimizer]
+    optimizers: list[AdamW | Muon]
     if config.name == "muon":
         muon = Muon(
             hidden, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay, dtype=muon_dtype

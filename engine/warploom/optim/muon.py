@@ -41,24 +41,28 @@ class Muon(Optimizer):
                     raise ValueError(f"params must be matrices, got one of shape {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None, *, grad_factor: float = 1.0) -> None:  # type: ignore[override]
+        """Make one step, as if every gradient were grad_factor times what it is. The gradients keep their values."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(tuple(p.shape), []).append(p)
             for params in by_shape.values():
-                self._step_same_shape(params, group["lr"], group["momentum"], group["weight_decay"])
+                self._step_same_shape(params, grad_factor, group["lr"], group["momentum"], group["weight_decay"])
 
-    def _step_same_shape(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def _step_same_shape(
+        self, params: list[Tensor], grad_factor: float, lr: float, momentum: float, weight_decay: float
+    ) -> None:
         updates = []
         for p in params:
             state = self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             assert p.grad is not None
-            buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            updates.append(p.grad.lerp(buffer, momentum))
+            grad = p.grad if grad_factor == 1.0 else p.grad * grad_factor
+            buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+            updates.append(grad.lerp(buffer, momentum))
         rows, columns = params[0].shape
         # An orthogonal (rows, columns) matrix has root mean square 1 / sqrt(max(rows, columns)).
         step_size = 0.2 * max(rows, columns) ** 0.5 * lr

@@ -16,5 +16,6 @@ estimate.py      parameters, FLOPs and memory, reckoned
 budget.py        --budget: from a time to everything else; probe.py measures for it
 report.py        report.html, drawn with chart.py
 run.py           from text to model, samples and report
+ladder.py        from the naive step of naive.py to the engine's, a rung at a time
 load_model.py    from a checkpoint to a model
 """

@@ -7,7 +7,7 @@ no state of its own: it follows from the counters.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Progress:
 def capture(
     progress: Progress,
     model: nn.Module,
-    optimizers: list[Optimizer],
+    optimizers: Sequence[Optimizer],
     stream: BatchStream,
     config: RunConfig,
     tokenizer: Tokenizer | None,
@@ -110,7 +110,7 @@ def restore(
     path: Path,
     state: CheckpointState,
     model: nn.Module,
-    optimizers: list[Optimizer],
+    optimizers: Sequence[Optimizer],
     config: RunConfig,
     planned_steps: int,
     on_message: Callable[[str], None],

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
 
 from warploom.data.loader import IGNORE_INDEX
+from warploom.ops import grad_norm
 from warploom.train.batches import Batch, inputs_to
 
 
@@ -22,11 +21,17 @@ class StepOutcome(NamedTuple):
     skipped: bool  # loss or gradient not finite: weights, moments and update count are as before
 
 
+class ClippingOptimizer(Protocol):
+    """An optimizer that clips on the way: its step counts each gradient grad_factor times."""
+
+    def step(self, closure: None = None, *, grad_factor: float = 1.0) -> object: ...
+
+
 def training_step(
     loss_sum: Callable[..., Tensor],
     micro_batches: Sequence[Batch],
     parameters: Sequence[nn.Parameter],
-    optimizers: Sequence[Optimizer],
+    optimizers: Sequence[ClippingOptimizer],
     *,
     grad_clip: float,
 ) -> StepOutcome:
@@ -46,14 +51,13 @@ def training_step(
         micro_loss.backward()
         loss += micro_loss.detach()
 
-    grads = [p.grad for p in parameters if p.grad is not None]
-    grad_norm = get_total_norm(grads)
+    norm = grad_norm([p.grad for p in parameters if p.grad is not None])
     # One read of both for the host: a step that is not finite must not reach the optimizers.
-    loss_value, norm_value = torch.stack((loss, grad_norm)).tolist()
+    loss_value, norm_value = torch.stack((loss, norm)).tolist()
     skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
     if not skipped:
-        if grad_clip:
-            clip_grads_with_norm_(parameters, grad_clip, grad_norm)
+        # Clipping is a factor on the gradients, which the optimizers take along: the gradients themselves stay.
+        clip_factor = min(1.0, grad_clip / (norm_value + 1e-6)) if grad_clip else 1.0
         for optimizer in optimizers:
-            optimizer.step()
+            optimizer.step(grad_factor=clip_factor)
     return StepOutcome(loss_value, norm_value, num_targets, skipped)

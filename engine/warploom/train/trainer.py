@@ -23,6 +23,7 @@ from warploom.data.shards import TokenDataset
 from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
 from warploom.models.transformer import Transformer
+from warploom.nn.linear import keep_packed
 from warploom.optim import build_optimizers, lr_multiplier
 from warploom.train import matmul_rate, run_state
 from warploom.train.allocator import keep_freed_memory
@@ -131,6 +132,7 @@ class Trainer:
             torch.set_num_threads(train.threads)
         self.model.to(self._device)
         self.model.compute_dtype = self._dtype
+        keep_packed(self.model)
         self.model.gradient_checkpointing = train.grad_checkpointing
         self.model.train()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]

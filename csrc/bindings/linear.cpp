@@ -1,0 +1,123 @@
+#include "cpu/linear.h"
+
+#include "bindings/binding.h"
+
+namespace warploom::bindings {
+namespace {
+
+using cpu::Activation;
+
+// x (..., C) -> (..., F)
+std::vector<int64_t> output_shape(const Tensor& x, int64_t F) {
+  auto shape = x.sizes().vec();
+  shape.back() = F;
+  return shape;
+}
+
+Activation activation_of(c10::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "relu2") return Activation::kRelu2;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "silu") return Activation::kSilu;
+  TORCH_CHECK_VALUE(false, "activation must be none, relu, relu2, gelu_tanh or silu, got ", name);
+}
+
+int64_t packed_bytes(const Tensor& weight, at::ScalarType dtype) {
+  int64_t bytes = 0;
+  switch_dtype(at::empty({0}, dtype),
+               [&](auto element) { bytes = cpu::linear().get(element).packed_bytes(weight.size(0), weight.size(1)); });
+  return bytes;
+}
+
+// The packed weight, null if there is none.
+const void* checked_packed(const OptionalTensor& packed, const Tensor& weight, const Tensor& x) {
+  if (!packed.has_value()) return nullptr;
+  check("packed", *packed, {packed_bytes(weight, x.scalar_type())}, at::kByte);
+  TORCH_CHECK_VALUE(packed->is_contiguous(), "packed must be contiguous");
+  return packed->const_data_ptr();
+}
+
+std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& bias_any,
+                                      const OptionalTensor& packed, c10::string_view activation, bool need_h) {
+  check_parameter("weight", weight_any, x_any);
+  const int64_t C = x_any.size(-1), F = weight_any.size(0);
+  check("bias", bias_any, {F}, weight_any.scalar_type());
+  const Tensor x = x_any.contiguous(), weight = weight_any.contiguous();
+  const OptionalTensor bias = contiguous(bias_any);
+
+  Tensor y = at::empty(output_shape(x, F), x.options());
+  Tensor h = need_h ? at::empty_like(y) : at::empty({0}, x.options());
+  switch_parameter(cpu::linear(), x, weight, [&](const auto& kernels, auto x_element, auto weight_element) {
+    using T = decltype(x_element);
+    using W = decltype(weight_element);
+    kernels.fwd({data<T>(x), data<W>(weight), data<W>(bias), checked_packed(packed, weight, x), data<T>(y),
+                 need_h ? data<T>(h) : nullptr, activation_of(activation), y.numel() / (F > 0 ? F : 1), C, F});
+  });
+  return {y, h};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy_any, const Tensor& x_any, const Tensor& weight_any,
+                                              const OptionalTensor& packed, const Tensor& saved_any,
+                                              c10::string_view activation, bool need_dx, bool need_dweight,
+                                              bool need_dbias) {
+  check_parameter("weight", weight_any, x_any);
+  const int64_t C = x_any.size(-1), F = weight_any.size(0);
+  const auto kind = activation_of(activation);
+  check("dy", dy_any, output_shape(x_any, F), x_any.scalar_type());
+  if (kind != Activation::kNone) check("saved", saved_any, output_shape(x_any, F), x_any.scalar_type());
+  TORCH_CHECK_VALUE(need_dweight || !need_dbias, "need_dbias needs need_dweight");
+  const Tensor dy = dy_any.contiguous(), x = x_any.contiguous(), weight = weight_any.contiguous();
+  const Tensor saved = saved_any.contiguous();
+
+  const auto empty_if = [](bool wanted, at::IntArrayRef shape, const Tensor& like) {
+    return wanted ? at::empty(shape, like.options()) : at::empty({0}, like.options());
+  };
+  Tensor dx = empty_if(need_dx, x.sizes(), x), dweight = empty_if(need_dweight, weight.sizes(), weight);
+  Tensor dbias = empty_if(need_dbias, {F}, weight);
+  switch_parameter(cpu::linear(), x, weight, [&](const auto& kernels, auto x_element, auto weight_element) {
+    using T = decltype(x_element);
+    using W = decltype(weight_element);
+    kernels.bwd({data<T>(dy), data<T>(x), data<W>(weight), checked_packed(packed, weight, x), data<T>(saved),
+                 need_dx ? data<T>(dx) : nullptr, need_dweight ? data<W>(dweight) : nullptr,
+                 need_dbias ? data<W>(dbias) : nullptr, kind, dy.numel() / (F > 0 ? F : 1), C, F});
+  });
+  return {dx, dweight, dbias};
+}
+
+// Allocates what linear_pack fills.
+Tensor linear_packed_empty(const Tensor& weight, at::ScalarType dtype) {
+  return at::empty({packed_bytes(weight, dtype)}, weight.options().dtype(at::kByte));
+}
+
+void linear_pack(const Tensor& weight_any, at::ScalarType dtype, Tensor packed) {
+  const Tensor x = at::empty({0, weight_any.size(1)}, weight_any.options().dtype(dtype));
+  check_parameter("weight", weight_any, x);
+  check("packed", packed, {packed_bytes(weight_any, dtype)}, at::kByte);
+  TORCH_CHECK_VALUE(packed.is_contiguous(), "packed must be contiguous");
+  const Tensor weight = weight_any.contiguous();
+  switch_parameter(cpu::linear(), x, weight, [&](const auto& kernels, auto, auto weight_element) {
+    kernels.pack(data<decltype(weight_element)>(weight), weight.size(0), weight.size(1), packed.mutable_data_ptr());
+  });
+}
+
+TORCH_LIBRARY_FRAGMENT(warploom_cpu, m) {
+  m.def(
+      "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, str activation, bool need_h) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? packed, Tensor saved, str activation, bool need_dx, "
+      "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_packed_empty(Tensor weight, ScalarType dtype) -> Tensor");
+  m.def("linear_pack(Tensor weight, ScalarType dtype, Tensor(a!) packed) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(warploom_cpu, CPU, m) {
+  m.impl("linear_fwd", linear_fwd);
+  m.impl("linear_bwd", linear_bwd);
+  m.impl("linear_packed_empty", linear_packed_empty);
+  m.impl("linear_pack", linear_pack);
+}
+
+}  // namespace
+}  // namespace warploom::bindings

@@ -1,0 +1,111 @@
+// Activations of the feed-forward layer on vectors: their values and slopes.
+#pragma once
+
+#include "common/simd.h"
+#include "cpu/linear.h"
+
+namespace warploom::cpu::WARPLOOM_LEVEL {
+
+struct NoActivation {
+  template <class V>
+  WARPLOOM_INLINE V value(V h) const {
+    return h;
+  }
+  template <class V>
+  WARPLOOM_INLINE V slope(V) const {
+    return V{} + 1;
+  }
+};
+
+struct Relu {
+  template <class V>
+  WARPLOOM_INLINE V value(V h) const {
+    return max(V{}, h);  // max returns its second operand for NaN, and so keeps it
+  }
+  // y is positive where h is.
+  template <class V>
+  WARPLOOM_INLINE V slope(V y) const {
+    return y > V{} ? V{} + 1 : V{};
+  }
+};
+
+// relu(h)^2 (So et al., 2021).
+struct Relu2 {
+  template <class V>
+  WARPLOOM_INLINE V value(V h) const {
+    const V positive = max(V{}, h);
+    return positive * positive;
+  }
+  template <class V>
+  WARPLOOM_INLINE V slope(V h) const {
+    const V positive = max(V{}, h);
+    return positive + positive;
+  }
+};
+
+// h sigmoid(z(h)), the common form of SiLU and of GELU's tanh approximation, since tanh(u) = 2 sigmoid(2 u) - 1.
+template <class Argument>
+struct SigmoidGated {
+  template <class V>
+  static WARPLOOM_INLINE V sigmoid(V z) {
+    using Scalar = decltype(z[0] + z[0]);
+    const V one = V{} + 1;
+    return one / (one + exp2(z * static_cast<Scalar>(-1.4426950408889634)));  // of 2^(-z log2 e)
+  }
+  template <class V>
+  WARPLOOM_INLINE V value(V h) const {
+    return h * sigmoid(Argument::z(h));
+  }
+  template <class V>
+  WARPLOOM_INLINE V slope(V h) const {
+    const V s = sigmoid(Argument::z(h));
+    return s + h * s * (V{} + 1 - s) * Argument::slope(h);
+  }
+};
+
+struct SiluArgument {
+  template <class V>
+  static WARPLOOM_INLINE V z(V h) {
+    return h;
+  }
+  template <class V>
+  static WARPLOOM_INLINE V slope(V) {
+    return V{} + 1;
+  }
+};
+
+// z = 2 sqrt(2 / pi) (h + 0.044715 h^3) (Hendrycks and Gimpel, 2016).
+struct GeluArgument {
+  template <class V>
+  static WARPLOOM_INLINE V z(V h) {
+    using Scalar = decltype(h[0] + h[0]);
+    return h * (static_cast<Scalar>(kLinear) + h * h * static_cast<Scalar>(kCubic));
+  }
+  template <class V>
+  static WARPLOOM_INLINE V slope(V h) {
+    using Scalar = decltype(h[0] + h[0]);
+    return static_cast<Scalar>(kLinear) + h * h * static_cast<Scalar>(3 * kCubic);
+  }
+
+ private:
+  static constexpr double kLinear = 1.5957691216057308, kCubic = kLinear * 0.044715;
+};
+
+// Calls body with the activation of this kind.
+template <class Body>
+WARPLOOM_INLINE void with_activation(Activation kind, Body&& body) {
+  switch (kind) {
+    case Activation::kNone:
+      return body(NoActivation{});
+    case Activation::kRelu:
+      return body(Relu{});
+    case Activation::kRelu2:
+      return body(Relu2{});
+    case Activation::kGeluTanh:
+      return body(SigmoidGated<GeluArgument>{});
+    case Activation::kSilu:
+      return body(SigmoidGated<SiluArgument>{});
+  }
+}
+
+}  // namespace warploom::cpu::WARPLOOM_LEVEL

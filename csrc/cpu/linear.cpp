@@ -1,0 +1,111 @@
+#include "cpu/linear.h"
+
+#include "cpu/activation.h"
+#include "cpu/gemm.h"
+
+namespace warploom::cpu::WARPLOOM_LEVEL {
+namespace {
+
+// The weight as the right operand of the forward, C by F, and of the gradient of x, F by C.
+template <class W>
+Operand<W, /*kAlongK=*/true> forward_operand(const W* weight, int64_t F, int64_t C) {
+  return {weight, C, F, C};
+}
+template <class W>
+Operand<W, /*kAlongK=*/false> backward_operand(const W* weight, int64_t F, int64_t C) {
+  return {weight, C, C, F};
+}
+
+template <class T>
+int64_t packed_bytes(int64_t F, int64_t C) {
+  const int64_t elements = RightPanels<T>::size(F, C) + RightPanels<T>::size(C, F);
+  return elements * static_cast<int64_t>(sizeof(typename RightPanels<T>::Element));
+}
+
+template <class T, class W>
+void pack(const W* weight, int64_t F, int64_t C, void* packed) {
+  auto* panels = static_cast<typename RightPanels<T>::Element*>(packed);
+  pack_right_operand<T>(forward_operand(weight, F, C), panels);
+  pack_right_operand<T>(backward_operand(weight, F, C), panels + RightPanels<T>::size(F, C));
+}
+
+template <class T, class W>
+RightPanels<T> forward_panels(const W* weight, int64_t F, int64_t C, const void* packed) {
+  if (packed != nullptr) return {static_cast<const typename RightPanels<T>::Element*>(packed), F, C};
+  return pack_right_operand<T>(forward_operand(weight, F, C),
+                               scratch<typename RightPanels<T>::Element>(0, RightPanels<T>::size(F, C)));
+}
+
+template <class T, class W>
+RightPanels<T> backward_panels(const W* weight, int64_t F, int64_t C, const void* packed) {
+  using Element = typename RightPanels<T>::Element;
+  if (packed != nullptr) return {static_cast<const Element*>(packed) + RightPanels<T>::size(F, C), C, F};
+  return pack_right_operand<T>(backward_operand(weight, F, C), scratch<Element>(0, RightPanels<T>::size(C, F)));
+}
+
+template <class T, class W>
+void linear_fwd(const LinearForward<T, W>& args) {
+  const int64_t F = args.F;
+  const Operand<T, /*kAlongK=*/true> x = {args.x, args.C, args.M, args.C};
+  const RightPanels<T> weight = forward_panels<T>(args.weight, F, args.C, args.packed);
+  with_activation(args.activation, [&](auto activation) {
+    gemm(x, weight, [&](int64_t m, int64_t f, auto v, auto lanes) {
+      if (args.bias != nullptr) v += load(args.bias + f, lanes);
+      if (args.h != nullptr) store(args.h + m * F + f, v, lanes);
+      store(args.y + m * F + f, activation.value(v), lanes);
+    });
+  });
+}
+
+// dh = dy * activation'(saved), both (M, F).
+template <class T>
+const T* through_activation(const T* dy, const T* saved, Activation kind, int64_t count) {
+  if (kind == Activation::kNone) return dy;
+  constexpr int64_t kPerBlock = 1 << 14;
+  T* dh = scratch<T>(1, count);
+  with_activation(kind, [&](auto activation) {
+    parallel_for((count + kPerBlock - 1) / kPerBlock, [&](int64_t block) {
+      const int64_t from = block * kPerBlock, left = count - from;
+      each_vector<typename VectorOf<T>::type>(left < kPerBlock ? left : kPerBlock, [&](int64_t i, auto n) {
+        const auto slope = activation.slope(load(saved + from + i, n));
+        store(dh + from + i, load(dy + from + i, n) * slope, n);
+      });
+    });
+  });
+  return dh;
+}
+
+template <class T, class W>
+void linear_bwd(const LinearBackward<T, W>& args) {
+  using Element = typename RightPanels<T>::Element;
+  const int64_t M = args.M, C = args.C, F = args.F;
+  const T* dh = through_activation(args.dy, args.saved, args.activation, M * F);
+  if (args.dx != nullptr) {
+    const Operand<T, /*kAlongK=*/true> dh_by_row = {dh, F, M, F};
+    gemm(dh_by_row, backward_panels<T>(args.weight, F, C, args.packed),
+         [&](int64_t m, int64_t c, auto v, auto lanes) { store(args.dx + m * C + c, v, lanes); });
+  }
+  if (args.dweight == nullptr) return;
+  auto* sums = scratch<typename Accumulator<T>::type>(2, F);
+  const Operand<T, /*kAlongK=*/false> dh_by_column = {dh, F, F, M}, x_by_column = {args.x, C, C, M};
+  const RightPanels<T> x = pack_right_operand<T>(x_by_column, scratch<Element>(0, RightPanels<T>::size(C, M)));
+  gemm(
+      dh_by_column, x, [&](int64_t f, int64_t c, auto v, auto lanes) { store(args.dweight + f * C + c, v, lanes); },
+      sums);
+  if (args.dbias == nullptr) return;
+  each_vector<typename VectorOf<T>::type>(F, [&](int64_t f, auto n) { store(args.dbias + f, load(sums + f, n), n); });
+}
+
+template <class T, class W>
+constexpr LinearKernelsOf<T, W> kKernelsOf = {linear_fwd<T, W>, linear_bwd<T, W>, pack<T, W>};
+template <class T>
+constexpr LinearKernels<T> kKernels = {kKernelsOf<T, T>, kKernelsOf<T, float>, packed_bytes<T>};
+template <>
+constexpr LinearKernels<double> kKernels<double> = {
+    kKernelsOf<double, double>, {nullptr, nullptr, nullptr}, packed_bytes<double>};
+
+}  // namespace
+
+extern const LinearTable linear = {kKernels<float>, kKernels<double>, kKernels<bf16>, kKernels<fp16>};
+
+}  // namespace warploom::cpu::WARPLOOM_LEVEL

@@ -1,0 +1,191 @@
+#include "cpu/linear_cross_entropy.h"
+
+#include "cpu/gemm.h"
+
+namespace warploom::cpu::WARPLOOM_LEVEL {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kInfinity = __builtin_inf();
+
+template <class T>
+using Sum = typename Accumulator<T>::type;
+template <class T>
+using Lanes = typename VectorOf<T>::type;
+template <class T>
+using Element = typename RightPanels<T>::Element;
+
+WARPLOOM_INLINE float log_of(float x) { return __builtin_logf(x); }
+WARPLOOM_INLINE double log_of(double x) { return __builtin_log(x); }
+WARPLOOM_INLINE float exp_of(float x) { return __builtin_expf(x); }
+WARPLOOM_INLINE double exp_of(double x) { return __builtin_exp(x); }
+
+template <class V>
+WARPLOOM_INLINE V exp_of_lanes(V x) {
+  return exp2(x * static_cast<decltype(x[0] + x[0])>(kLog2E));
+}
+
+// -inf beyond the first n lanes.
+template <class V>
+WARPLOOM_INLINE V hide_beyond(V v, All) {
+  return v;
+}
+template <class V>
+WARPLOOM_INLINE V hide_beyond(V v, int n) {
+  for (int i = 0; i < kLanes<V>; ++i) v[i] = i < n ? v[i] : -static_cast<decltype(v[0] + v[0])>(kInfinity);
+  return v;
+}
+
+// Sum over j of exp(x_j), kept as sums * exp(shift), a lane of sums for each lane of the vectors that are added. The
+// shift follows the largest x at a distance: within kSlack above it nothing can overflow.
+template <class V>
+struct ExponentialSum {
+  using Scalar = decltype(V{}[0] + V{}[0]);
+  static constexpr Scalar kSlack = 40;
+  V sums;
+  Scalar shift;
+
+  WARPLOOM_INLINE void clear() {
+    sums = V{};
+    shift = static_cast<Scalar>(-kInfinity);
+  }
+
+  // Lanes that do not count are -inf.
+  WARPLOOM_INLINE void add(V x) {
+    if (exceeds(x, shift + kSlack)) raise_shift(x);
+    sums += exp_of_lanes(x - broadcast(finite_shift()));
+  }
+
+  // The log of the whole sum.
+  Scalar log_total() const { return finite_shift() + log_of(sum(sums)); }
+
+ private:
+  WARPLOOM_INLINE Scalar finite_shift() const { return shift == static_cast<Scalar>(-kInfinity) ? Scalar(0) : shift; }
+
+  static WARPLOOM_INLINE bool exceeds(V v, Scalar bound) {
+#if defined(WARPLOOM_HAS_AVX512)
+    if constexpr (sizeof(Scalar) == sizeof(float)) return _mm512_cmp_ps_mask(v, broadcast(bound), _CMP_GT_OQ) != 0;
+#endif
+    bool any = false;
+    for (int i = 0; i < kLanes<V>; ++i) any |= v[i] > bound;
+    return any;
+  }
+
+  void raise_shift(V x) {
+    Scalar largest = x[0];
+    for (int i = 1; i < kLanes<V>; ++i) largest = x[i] > largest ? x[i] : largest;
+    sums *= exp_of_lanes(broadcast(finite_shift() - largest));
+    shift = largest;
+  }
+};
+
+// The words [first, last) of the vocabulary as the right operand of the logits.
+template <class W>
+Operand<W, /*kAlongK=*/true> words(const W* weight, int64_t first, int64_t last, int64_t C) {
+  return {weight + first * C, C, last - first, C};
+}
+
+template <class T, class W>
+void linear_cross_entropy_fwd(const LinearCrossEntropyForward<T, W>& args) {
+  using V = Lanes<T>;
+  using S = Sum<T>;
+  const int64_t N = args.N, C = args.C;
+  // As many words as one block of columns holds: so a thread packs its words, and multiplies them while they are near.
+  const int64_t fitting = RightPanels<T>::Tile::kSizeOfBlockB / larger(C, 1) / RightPanels<T>::Tile::kCols;
+  const int64_t per_block = larger(fitting, 1) * RightPanels<T>::Tile::kCols;
+  const int64_t blocks = (args.V + per_block - 1) / per_block;
+  S* block_lse = scratch<S>(0, blocks * N);  // (blocks, N)
+  S* target_logits = scratch<S>(1, N);
+  const Operand<T, /*kAlongK=*/true> hidden = {args.hidden, C, N, C};
+
+  parallel_for(blocks, [&](int64_t block) {
+    const int64_t first = block * per_block, last = smaller(first + per_block, args.V);
+    const RightPanels<T> panels = pack_right_operand<T>(words(args.weight, first, last, C),
+                                                        scratch<Element<T>>(6, RightPanels<T>::size(last - first, C)));
+    auto* sums = scratch<ExponentialSum<V>>(7, N);
+    for (int64_t m = 0; m < N; ++m) sums[m].clear();
+    gemm(hidden, panels, [&](int64_t m, int64_t n, auto v, auto lanes) {
+      const int64_t target = args.targets[m] - first - n;
+      if (target >= 0 && target < kLanes<V> && n + target < last - first) {
+        target_logits[m] = v[static_cast<int>(target)];
+      }
+      sums[m].add(hide_beyond(v, lanes));
+    });
+    for (int64_t m = 0; m < N; ++m) block_lse[block * N + m] = sums[m].log_total();
+  });
+
+  double loss = 0;
+  for (int64_t m = 0; m < N; ++m) {
+    S largest = static_cast<S>(-kInfinity);
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (block_lse[block * N + m] > largest) largest = block_lse[block * N + m];
+    }
+    S total = 0;
+    for (int64_t block = 0; block < blocks; ++block) total += exp_of(block_lse[block * N + m] - largest);
+    args.lse[m] = largest + log_of(total);
+    if (args.targets[m] != args.ignore_index) loss += static_cast<double>(args.lse[m]) - target_logits[m];
+  }
+  *args.loss = loss;
+}
+
+template <class T, class W>
+void linear_cross_entropy_bwd(const LinearCrossEntropyBackward<T, W>& args) {
+  using V = Lanes<T>;
+  using S = Sum<T>;
+  constexpr int64_t kLogitsAtOnce = 4 << 20, kMostWords = 2048, kFewestWords = 512;
+  const int64_t N = args.N, C = args.C;
+  const int64_t at_once = smaller(kMostWords, larger(kFewestWords, kLogitsAtOnce / larger(N, 1) / 32 * 32));
+  T* dlogits = scratch<T>(1, N * smaller(at_once, args.V));
+  S* dhidden = args.dhidden == nullptr ? nullptr : scratch<S>(2, N * C);
+  const Operand<T, /*kAlongK=*/true> hidden = {args.hidden, C, N, C};
+  const S scale = static_cast<S>(args.scale);
+
+  for (int64_t first = 0; first < args.V; first += at_once) {
+    const int64_t count = smaller(at_once, args.V - first);
+    const auto chunk = words(args.weight, first, first + count, C);
+    Element<T>* panels = scratch<Element<T>>(0, larger(RightPanels<T>::size(count, C), RightPanels<T>::size(C, count)));
+    gemm(hidden, pack_right_operand<T>(chunk, panels), [&](int64_t m, int64_t n, auto v, auto lanes) {
+      if (args.targets[m] == args.ignore_index) return store(dlogits + m * count + n, V{}, lanes);
+      V p = exp_of_lanes(v - broadcast(args.lse[m]));
+      const int64_t target = args.targets[m] - first - n;
+      if (target >= 0 && target < kLanes<V>) p[static_cast<int>(target)] -= 1;
+      store(dlogits + m * count + n, p * scale, lanes);
+    });
+    if (args.dhidden != nullptr) {
+      const Operand<T, /*kAlongK=*/true> by_row = {dlogits, count, N, count};
+      const Operand<W, /*kAlongK=*/false> weight = {args.weight + first * C, C, C, count};
+      const RightPanels<T> packed = pack_right_operand<T>(weight, panels);
+      gemm(by_row, packed, [&](int64_t m, int64_t c, auto v, auto lanes) {
+        S* sums = dhidden + m * C + c;
+        if (first > 0) v += load(sums, lanes);
+        if (first + count < args.V) {
+          store(sums, v, lanes);
+        } else {
+          store(args.dhidden + m * C + c, v, lanes);
+        }
+      });
+    }
+    if (args.dweight != nullptr) {
+      const Operand<T, /*kAlongK=*/false> by_word = {dlogits, count, count, N}, rows = {args.hidden, C, C, N};
+      // The same for every chunk, and cheaper to pack again than to keep: it is a small part of the product.
+      const RightPanels<T> packed = pack_right_operand<T>(rows, scratch<Element<T>>(3, RightPanels<T>::size(C, N)));
+      gemm(by_word, packed,
+           [&](int64_t n, int64_t c, auto v, auto lanes) { store(args.dweight + (first + n) * C + c, v, lanes); });
+    }
+  }
+}
+
+template <class T, class W>
+constexpr LinearCrossEntropyKernelsOf<T, W> kKernelsOf = {linear_cross_entropy_fwd<T, W>,
+                                                          linear_cross_entropy_bwd<T, W>};
+template <class T>
+constexpr LinearCrossEntropyKernels<T> kKernels = {kKernelsOf<T, T>, kKernelsOf<T, float>};
+template <>
+constexpr LinearCrossEntropyKernels<double> kKernels<double> = {kKernelsOf<double, double>, {nullptr, nullptr}};
+
+}  // namespace
+
+extern const LinearCrossEntropyTable linear_cross_entropy = {kKernels<float>, kKernels<double>, kKernels<bf16>,
+                                                             kKernels<fp16>};
+
+}  // namespace warploom::cpu::WARPLOOM_LEVEL

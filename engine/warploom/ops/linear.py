@@ -1,0 +1,277 @@
+"""y = activation(x weight^T + bias): every dense layer of a transformer, its feed-forward GEMM with the ReLU fused in
+(Vaswani et al., 2017) among them.
+
+The weight may be a float32 master of 16-bit activations: it is rounded on its way into the product, and its gradient
+leaves the accumulator unrounded. PackedWeight keeps what the product reads of a weight that is used more than once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from warploom.errors import nearest
+from warploom.ops import _extension
+from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda h: h,
+    "relu": torch.relu,
+    "relu2": lambda h: torch.relu(h).square(),
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "silu": F.silu,
+}
+# (dy, saved) -> dh; what is saved is y for "relu" and h for the others.
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda dy, _: dy,
+    "relu": lambda dy, y: torch.where(y > 0, dy, 0.0),
+    "relu2": lambda dy, h: 2 * dy * torch.relu(h),
+    "gelu_tanh": lambda dy, h: torch.ops.aten.gelu_backward(dy, h, approximate="tanh"),
+    "silu": lambda dy, h: torch.ops.aten.silu_backward(dy, h),
+}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    packed: PackedWeight | None = None,
+) -> Tensor:
+    """Return activation(x weight^T + bias), (..., F) in x's dtype.
+
+    x: (..., C), any floating dtype; weight: (F, C), torch.nn.Linear's layout; bias: (F,). weight and bias have one
+    dtype, x's or, for 16-bit x, float32. activation: a key of ACTIVATIONS. Products accumulate in float32 (float64 for
+    float64); the sum is rounded once for the activation's output, and once where the backward needs it before the
+    activation. Gradients of weight and bias have their dtype. A ReLU whose input is not positive has gradient zero.
+    packed: what PackedWeight keeps of this very weight; without it every call packs the weight anew.
+    Raises ValueError for a wrong shape or activation, TypeError for a wrong dtype.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight must be (F, C) to match x {tuple(x.shape)}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
+    if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(f"weight must be {x.dtype} as x is, or torch.float32, got {weight.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"bias must be {weight.dtype} as weight is, got {bias.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x is, got {tensor.device}")
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        hint = nearest(activation, ACTIVATIONS)
+        raise ValueError(f"activation must be one of {known}, got {activation!r}{hint}")
+    panels = None if packed is None else packed.panels(weight, x.dtype)
+    return _Linear.apply(x, weight, bias, panels, activation)
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return relu(x weight^T + bias): linear with that activation."""
+    return linear(x, weight, bias, "relu")
+
+
+class PackedWeight:
+    """What products read of one weight, kept from use to use and made anew when the weight has changed.
+
+    A change is seen by the version counter that torch keeps of every tensor: operations in place, optimizers,
+    load_state_dict and copies into it count; writing through `.data` or through NumPy does not, so weights that are
+    written that way must not be packed. Takes as much memory as the weight in the activations' dtype, twice, since the
+    forward and the backward read it in different orders. Where no kernel packs (dtype, device, back end) it is idle.
+    """
+
+    def __init__(self) -> None:
+        self._panels: Tensor | None = None
+        self._of: tuple[weakref.ref[Tensor], int, torch.dtype] | None = None
+
+    def panels(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return the panels of the weight as it is now, for activations of this dtype; None where they are of no use."""
+        if OP.choice(weight.device.type) != "cpu" or (OP.forced() or "cpu") != "cpu" or not _packs(dtype):
+            return None
+        if self._of is None or self._of[0]() is not weight or self._of[1:] != (weight._version, dtype):
+            if self._panels is None or self._of is None or self._of[0]() is not weight or self._of[2] != dtype:
+                self._panels = torch.ops.warploom_cpu.linear_packed_empty(weight.detach(), dtype)
+            torch.ops.warploom_cpu.linear_pack(weight.detach(), dtype, self._panels)
+            self._of = weakref.ref(weight), weight._version, dtype
+        return self._panels
+
+    def __deepcopy__(self, memo: dict) -> PackedWeight:
+        return PackedWeight()  # of another weight, whose panels are made at its first use
+
+    def __reduce__(self) -> tuple:
+        return PackedWeight, ()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, panels, activation):
+        # ReLU's derivative is where its output is positive; the others are taken from the sum before the activation.
+        need_h = activation not in ("none", "relu") and any(ctx.needs_input_grad)
+        y, h = torch.ops.warploom.linear_fwd.default(x, weight, bias, panels, activation, need_h)
+        ctx.save_for_backward(x, weight, panels, y if activation == "relu" else h)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
+        # The bias gradient is summed on the way to the weight's.
+        needs = (need_dx, need_dweight or need_dbias, need_dbias)
+        dx, dweight, dbias = torch.ops.warploom.linear_bwd.default(dy, *ctx.saved_tensors, ctx.activation, *needs)
+        return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
+
+
+def linear_reference(x, weight, bias=None, activation="none", packed=None):
+    h = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return ACTIVATIONS[activation](h)
+
+
+def _reference_fwd(x, weight, bias, panels, activation, need_h):
+    h = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if activation == "relu":
+        return h.relu_(), x.new_empty(0)
+    y = ACTIVATIONS[activation](h)
+    # An operator's outputs must not share memory.
+    return y, h if need_h and activation != "none" else x.new_empty(0)
+
+
+def _reference_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweight, need_dbias):
+    dh = _DERIVATIVES[activation](dy, saved)
+    rows = torch.atleast_2d(dh).flatten(0, -2)  # (N, F)
+    dx = dh @ weight.to(dh.dtype) if need_dx else x.new_empty(0)
+    dweight = weight.new_empty(0)
+    if need_dweight:
+        dweight = (rows.mT @ torch.atleast_2d(x).flatten(0, -2)).to(weight.dtype)
+    dbias = rows.sum(0, dtype=weight.dtype) if need_dbias else weight.new_empty(0)
+    return dx, dweight, dbias
+
+
+def _fake_fwd(x, weight, bias, panels, activation, need_h):
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, torch.empty_like(y) if need_h else x.new_empty(0)
+
+
+def _fake_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweight, need_dbias):
+    dx, dweight = x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+    return dx, dweight, weight.new_empty(weight.shape[:1] if need_dbias else 0)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether the C++ kernels take plain products of this dtype."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _slower(x: Tensor, activation: str) -> str | None:
+    """Why a call is left to torch, None if it is not: by measurement, see docs/performance.md."""
+    if activation == "none" and not _packs(x.dtype):
+        return f"torch's plain product is faster in {x.dtype}"
+    return None
+
+
+def _case(*shape, C, bias=True, activation="none"):
+    """shape: x's leading dimensions, then F."""
+
+    def make(generator):
+        def draw(*size):
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        inputs = {"x": draw(*shape[:-1], C), "weight": draw(shape[-1], C) * C**-0.5}
+        if bias:
+            inputs["bias"] = draw(shape[-1])
+        if activation != "none":
+            inputs["activation"] = activation
+        return inputs
+
+    return make
+
+
+def _bad(name, match, error=ValueError, **changed):
+    good = {"x": torch.ones(2, 4), "weight": torch.ones(3, 4), "bias": torch.ones(3)}
+    return BadCase(name, lambda: {**good, **changed}, error, match)
+
+
+def _bench(N, C, width, activation):
+    return BenchCase(
+        f"{N}x{C}x{width}_{activation}",
+        _case(N, width, C=C, activation=activation),
+        flops=2 * N * C * width,
+        backward_flops=4 * N * C * width,
+        bytes_per_element=N * C + C * width + N * width,
+        backward_bytes_per_element=2 * (N * C + C * width + N * width),
+    )
+
+
+_SCHEMAS = {
+    "fwd": "(Tensor x, Tensor weight, Tensor? bias, Tensor? panels, str activation, bool need_h) -> (Tensor, Tensor)",
+    "bwd": "(Tensor dy, Tensor x, Tensor weight, Tensor? panels, Tensor saved, str activation, bool need_dx, "
+    "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+}
+_HALF = (torch.bfloat16, torch.float16)
+
+OP = Op(
+    name="linear",
+    function=linear,
+    reference=linear_reference,
+    torch_peer=linear_reference,  # addmm and the activation are also what a torch user writes
+    schemas=_SCHEMAS,
+    fakes={"fwd": _fake_fwd, "bwd": _fake_bwd},
+    backends={
+        "reference": Backend(kernels={"fwd": _reference_fwd, "bwd": _reference_bwd}, devices=("cpu", "cuda")),
+        "cpu": Backend(
+            kernels={s: _extension.cpu_kernel(f"linear_{s}") for s in _SCHEMAS},
+            devices=("cpu",),
+            missing=lambda: _extension.why_missing("linear_fwd", "linear_bwd", "linear_pack"),
+            slower={
+                "fwd": lambda x, weight, bias, panels, activation, need_h: _slower(x, activation),
+                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: _slower(x, activation),
+            },
+        ),
+    },
+    cases=(
+        Case("tiny", _case(2, 3, 5, C=4), gradcheck=True),
+        Case("tiny_plain", _case(3, 5, C=4, bias=False), gradcheck=True),
+        *(Case(f"tiny_{name}", _case(3, 5, C=4, activation=name), gradcheck=True) for name in ACTIVATIONS),
+        Case("one_row", _case(6, C=9)),
+        Case("one_element", _case(1, 1, C=1)),
+        Case("no_rows", _case(0, 8, C=4)),
+        *(
+            Case(f"{N}x{C}x{width}_{name}", _case(N, width, C=C, activation=name))
+            for N, C, width, name in (
+                (7, 63, 65, "relu"),
+                (33, 128, 257, "gelu_tanh"),
+                (64, 32, 31, "none"),
+                (130, 96, 384, "relu2"),
+                (129, 40, 80, "silu"),
+                (3, 3200, 33, "relu"),
+                (40, 64, 1700, "none"),
+            )
+        ),
+        Case("batched", _case(2, 3, 64, C=48)),
+        *(
+            Case(f"float32_weight_{name}", _case(70, 90, C=100, activation=name), _HALF, wide=("weight", "bias"))
+            for name in ("none", "relu", "gelu_tanh")
+        ),
+    ),
+    bad_cases=(
+        _bad("weight_shape", r"weight must be \(F, C\)", weight=torch.ones(3, 5)),
+        _bad("bias_shape", r"bias must be \(3,\)", bias=torch.ones(4)),
+        _bad("bias_dtype", "bias must be torch.float32", TypeError, bias=torch.ones(3).half()),
+        _bad("weight_dtype", "weight must be torch.float32", TypeError, weight=torch.ones(3, 4).double()),
+        _bad("integers", "x must be floating", TypeError, x=torch.ones(2, 4, dtype=torch.int64)),
+        _bad("activation", "activation must be one of none, relu", activation="rleu"),
+    ),
+    bench_cases=(
+        _bench(4096, 384, 1536, "relu"),
+        _bench(1024, 768, 3072, "relu"),
+        _bench(1024, 768, 3072, "gelu_tanh"),
+        _bench(4096, 384, 384, "none"),
+    ),
+)
