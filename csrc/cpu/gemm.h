@@ -74,23 +74,31 @@ struct PendingTile {
   int rows = 0, cols = 0, next_row = 0;
 
   WARPLOOM_INLINE void finish_rows(int end) {
-    for (end = end < rows ? end : rows; next_row < end; ++next_row) {
-      const auto* sums = tile + next_row * Tile::kCols;
-      const int64_t row = m + next_row;
-      if (cols == Tile::kCols) {
-        for (int j = 0; j < Tile::kCols; j += kLanes<typename Tile::Vector>)
-          epilogue(row, n + j, load(sums + j), All{});
+    // Copies, since the compiler must assume that a store of the epilogue changes whatever memory can reach.
+    const Epilogue finish = epilogue;
+    const auto* sums = tile;
+    const int64_t first_row = m, first_column = n;
+    const int columns = cols, last = end < rows ? end : rows;
+    int row = next_row;
+    next_row = last > row ? last : row;
+    for (; row < last; ++row) {
+      const auto* row_sums = sums + row * Tile::kCols;
+      if (columns == Tile::kCols) {
+        for (int j = 0; j < Tile::kCols; j += kLanes<typename Tile::Vector>) {
+          finish(first_row + row, first_column + j, load(row_sums + j), All{});
+        }
       } else {
-        each_vector<typename Tile::Vector>(cols,
-                                           [&](int64_t j, auto lanes) { epilogue(row, n + j, load(sums + j), lanes); });
+        each_vector<typename Tile::Vector>(columns, [&](int64_t j, auto lanes) {
+          finish(first_row + row, first_column + j, load(row_sums + j), lanes);
+        });
       }
     }
   }
 };
 
 // a.P is M and a.K is b.K. epilogue(m, n, v, lanes) receives the sums of row m from column n on, as one vector, exactly
-// once per element, and stores what becomes of them. a_sums: null, or M numbers that receive the sums of A's rows over
-// k, for an A that does not lie along k.
+// once per element, and stores what becomes of them; it holds what it needs by value. a_sums: null, or M numbers that
+// receive the sums of A's rows over k, for an A that does not lie along k.
 template <class T, class A, class Epilogue>
 static void gemm(const A& a, const RightPanels<T>& b, const Epilogue& epilogue,
                  typename Accumulator<T>::type* a_sums = nullptr) {

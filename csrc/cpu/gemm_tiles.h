@@ -184,7 +184,7 @@ struct AmxTile {
     }
     const int64_t row_bytes = left.row_stride * sizeof(bf16);
     const bf16 *a = left.data, *a_low = left.data + 16 * left.row_stride, *b_right = b + panel_stride;
-    const int steps = static_cast<int>(depth / kDepth), rows_per_step = steps > 0 ? (kRows + steps - 1) / steps : kRows;
+    const int steps = static_cast<int>(depth / kDepth);
     for (int step = 0; step < steps; ++step) {
       _tile_loadd(6, b, 64);
       _tile_loadd(4, a, row_bytes);
@@ -198,7 +198,7 @@ struct AmxTile {
       a_low += left.step_stride;
       b += kDepth * kPanel;
       b_right += kDepth * kPanel;
-      pending.finish_rows((step + 1) * rows_per_step);
+      pending.finish_rows(kRows * (step + 1) / steps);
     }
     pending.finish_rows(kRows);
     _tile_stored(0, tile, kTileStride);

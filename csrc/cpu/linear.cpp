@@ -1,32 +1,23 @@
 #include "cpu/linear.h"
 
 #include "cpu/activation.h"
-#include "cpu/gemm.h"
+#include "cpu/packed_weight.h"
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
 namespace {
 
-// The weight as the right operand of the forward, C by F, and of the gradient of x, F by C.
-template <class W>
-Operand<W, /*kAlongK=*/true> forward_operand(const W* weight, int64_t F, int64_t C) {
-  return {weight, C, F, C};
-}
-template <class W>
-Operand<W, /*kAlongK=*/false> backward_operand(const W* weight, int64_t F, int64_t C) {
-  return {weight, C, C, F};
-}
-
 template <class T>
 int64_t packed_bytes(int64_t F, int64_t C) {
-  const int64_t elements = RightPanels<T>::size(F, C) + RightPanels<T>::size(C, F);
-  return elements * static_cast<int64_t>(sizeof(typename RightPanels<T>::Element));
+  return packed_elements<T>(F, C) * static_cast<int64_t>(sizeof(typename RightPanels<T>::Element));
 }
 
 template <class T, class W>
 void pack(const W* weight, int64_t F, int64_t C, void* packed) {
   auto* panels = static_cast<typename RightPanels<T>::Element*>(packed);
-  pack_right_operand<T>(forward_operand(weight, F, C), panels);
-  pack_right_operand<T>(backward_operand(weight, F, C), panels + RightPanels<T>::size(F, C));
+  parallel_for((F + kRowsPerStrip - 1) / kRowsPerStrip, [&](int64_t strip) {
+    const int64_t first = strip * kRowsPerStrip;
+    pack_rows<T>(weight, F, C, first, smaller(first + kRowsPerStrip, F), panels);
+  });
 }
 
 template <class T, class W>
@@ -49,7 +40,7 @@ void linear_fwd(const LinearForward<T, W>& args) {
   const Operand<T, /*kAlongK=*/true> x = {args.x, args.C, args.M, args.C};
   const RightPanels<T> weight = forward_panels<T>(args.weight, F, args.C, args.packed);
   with_activation(args.activation, [&](auto activation) {
-    gemm(x, weight, [&](int64_t m, int64_t f, auto v, auto lanes) {
+    gemm(x, weight, [=](int64_t m, int64_t f, auto v, auto lanes) {
       if (args.bias != nullptr) v += load(args.bias + f, lanes);
       if (args.h != nullptr) store(args.h + m * F + f, v, lanes);
       store(args.y + m * F + f, activation.value(v), lanes);
@@ -83,14 +74,14 @@ void linear_bwd(const LinearBackward<T, W>& args) {
   if (args.dx != nullptr) {
     const Operand<T, /*kAlongK=*/true> dh_by_row = {dh, F, M, F};
     gemm(dh_by_row, backward_panels<T>(args.weight, F, C, args.packed),
-         [&](int64_t m, int64_t c, auto v, auto lanes) { store(args.dx + m * C + c, v, lanes); });
+         [=](int64_t m, int64_t c, auto v, auto lanes) { store(args.dx + m * C + c, v, lanes); });
   }
   if (args.dweight == nullptr) return;
   auto* sums = scratch<typename Accumulator<T>::type>(2, F);
   const Operand<T, /*kAlongK=*/false> dh_by_column = {dh, F, F, M}, x_by_column = {args.x, C, C, M};
   const RightPanels<T> x = pack_right_operand<T>(x_by_column, scratch<Element>(0, RightPanels<T>::size(C, M)));
   gemm(
-      dh_by_column, x, [&](int64_t f, int64_t c, auto v, auto lanes) { store(args.dweight + f * C + c, v, lanes); },
+      dh_by_column, x, [=](int64_t f, int64_t c, auto v, auto lanes) { store(args.dweight + f * C + c, v, lanes); },
       sums);
   if (args.dbias == nullptr) return;
   each_vector<typename VectorOf<T>::type>(F, [&](int64_t f, auto n) { store(args.dbias + f, load(sums + f, n), n); });

@@ -13,7 +13,7 @@ from warploom.cli.main import main
 from warploom.errors import UserError
 from warploom.optim import build_optimizers
 from warploom.train import ladder, naive
-from warploom.train.ladder import RUNGS, Course, run_in_process, run_rung
+from warploom.train.ladder import RUNGS, Course, RungHere, RungProcess, climb
 
 SMALL = ("ladder", "--preset", "nano", "--batch-size", "2", "--seq-len", "24", "--steps", "2", "--no-compile")
 COURSE = Course("nano", batch_size=2, seq_len=24, steps=2)
@@ -24,7 +24,7 @@ def here(monkeypatch):
     """Rungs run in this process, whose malloc stays as it is; returns the list of what the rungs asked of malloc."""
     asked = []
     monkeypatch.setattr(ladder, "keep_freed_memory", lambda: asked.append("keep"))
-    monkeypatch.setattr("warploom.cli.ladder.run_in_process", run_rung)
+    monkeypatch.setattr("warploom.cli.ladder.RungProcess", RungHere)
     return asked
 
 
@@ -91,16 +91,59 @@ def test_a_wrong_rung_is_caught(monkeypatch, capsys, here, rung):
 
 def test_a_rung_in_a_process_of_its_own_is_the_same():
     rung = RUNGS["recompute"]
-    alone = run_in_process(rung, COURSE)
-    assert run_rung(dataclasses.replace(rung, keep_memory=False), COURSE).losses == tuple(alone.losses)
-    assert alone.step_s > 0 and alone.peak_bytes > 0
+    alone, here = RungProcess(rung, COURSE), RungHere(dataclasses.replace(rung, keep_memory=False), COURSE)
+    assert [alone.step()[0] for _ in range(3)] == [here.step()[0] for _ in range(3)]
+    assert alone.step()[1] > 0 and alone.peak_bytes() > 0
+    assert alone.float32_losses() == here.float32_losses()
+    alone.close()
 
 
 @pytest.mark.parametrize(("rung", "remedy"), [("naive", ""), ("compile", "; leave it out with --no-compile")])
 def test_a_rung_that_breaks_down_is_named(monkeypatch, rung, remedy):
     monkeypatch.setattr(sys, "executable", "/bin/false")
+    broken = RungProcess(RUNGS[rung], COURSE)
     with pytest.raises(UserError, match=f"^rung {rung} ended with code 1: it said nothing{remedy}$"):
-        run_in_process(RUNGS[rung], COURSE)
+        broken.step()
+    broken.close()
+
+
+def test_a_rung_takes_turns_with_the_one_it_builds_on():
+    """And waits no longer than until the last rung that builds on it; x first is the product of what came before."""
+    seconds = {"naive": 8.0, "bf16": 4.0, "norm": 1.0}
+    events = []
+
+    class Told:
+        def __init__(self, rung, course):
+            self._name = rung.name
+
+        def step(self):
+            events.append(self._name)
+            return 1.0, seconds[self._name]
+
+        def peak_bytes(self):
+            return 0
+
+        def float32_losses(self):
+            return [1.0] * 3
+
+        def close(self):
+            events.append(f"no {self._name}")
+
+    results = list(climb([RUNGS[name] for name in seconds], Course(steps=2), start=Told))
+    assert events == [
+        *["naive"] * 5,
+        *["bf16"] * 3, "naive", "bf16", "naive", "bf16", "no naive",
+        *["norm"] * 3, "bf16", "norm", "bf16", "norm", "no bf16", "no norm",
+    ]  # fmt: skip
+    assert [(result.faster, result.faster_than_first) for result in results] == [(1, 1), (2, 2), (4, 8)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1.1])
+def test_losses_that_differ_are_not_right(bad):
+    result = ladder.Result(RUNGS["norm"], (1.0,) * 5, (1.0,) * 3, 1.0, 1.0, 1.0, 1.0, 0, off=0.01, float32_off=1e-5)
+    assert result.is_right
+    assert not dataclasses.replace(result, off=bad).is_right
+    assert not dataclasses.replace(result, float32_off=bad).is_right
 
 
 def test_a_ladder_without_steps_is_refused(capsys):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from warploom.errors import UserError
-from warploom.train.ladder import CHECKED_STEPS, RUNGS, TOLERANCE, Course, Outcome, Rung, deviation, run_in_process
+from warploom.train.ladder import CHECKED_STEPS, RUNGS, TOLERANCE, Course, Result, RungProcess, climb
 
 _COLUMNS = ("tokens/s", "x before", "x first", "memory MB", "loss", "off by", "in float32")
 _NOISE = 0.97  # a rung that is slower than this against the one before says so
@@ -26,7 +26,7 @@ class Command:
     seq_len: int = 256
     """Tokens per sequence."""
     steps: int = 8
-    """Steps that are timed, after one that is not; the fastest counts."""
+    """Steps that are timed on each rung, in turns with as many of the rung before; medians count."""
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     compile: bool = True
@@ -46,45 +46,44 @@ class Command:
             f"float32, at most {TOLERANCE[torch.float32]:g}.\n\n"
             f"{_line('rung', _COLUMNS)}"
         )
-        outcomes: dict[str, Outcome] = {}
-        for rung in RUNGS.values():
-            if rung.compile and not self.compile:
-                continue
-            outcomes[rung.name] = run_in_process(rung, course)
-            if not report(rung, course, outcomes):
+        rungs = [rung for rung in RUNGS.values() if self.compile or not rung.compile]
+        above = ""
+        for result in climb(rungs, course, start=RungProcess):
+            print(f"{_line(result.rung.name, cells(result, course))}  {remarks(result, above)}", flush=True)
+            if not result.is_right:
+                print(
+                    f"{result.rung.name} is wrong: its losses differ from those of {result.rung.builds_on} by "
+                    f"{result.off:.2g}, and by {result.float32_off:.2g} in float32, more than rounding explains."
+                )
                 return 1
+            above = result.rung.name
         return 0
 
 
-def report(rung: Rung, course: Course, outcomes: dict[str, Outcome]) -> bool:
-    """Print a rung's line; return whether its losses are those of the rung it builds on."""
-    outcome, first = outcomes[rung.name], outcomes["naive"]
-    facts = (
-        f"{course.tokens / outcome.step_s:,.0f}",
-        f"{first.step_s / outcome.step_s:.2f}x",
-        f"{outcome.peak_bytes / 1e6:,.0f}",
-        f"{outcome.losses[-1]:.4f}",
+def cells(result: Result, course: Course) -> tuple[str, ...]:
+    is_first = result.rung.builds_on is None
+    return (
+        f"{course.tokens / result.step_s:,.0f}",
+        "" if is_first else f"{result.faster:.2f}x",
+        f"{result.faster_than_first:.2f}x",
+        f"{result.peak_bytes / 1e6:,.0f}",
+        f"{result.losses[-1]:.4f}",
+        "" if is_first else f"{result.off:.1e}",
+        "" if is_first else f"{result.float32_off:.1e}",
     )
-    if rung.builds_on is None:
-        print(f"{_line(rung.name, (facts[0], '', *facts[1:], '', ''))}  {rung.lesson}", flush=True)
-        return True
-    before = outcomes[rung.builds_on]
-    off, faster = deviation(rung, outcome, before), before.step_s / outcome.step_s
-    remarks = [rung.lesson]
+
+
+def remarks(result: Result, above: str) -> str:
+    """The lesson of the rung and what is special about its result; above: the name in the line before."""
+    rung = result.rung
+    parts = [rung.lesson]
     if rung.compile:
-        remarks.append(f"compiled in {outcome.first_step_s:.0f} s")
-    if rung.builds_on != list(outcomes)[-2]:
-        remarks.append(f"before: {rung.builds_on}")
-    if faster < _NOISE:
-        remarks.append("slower here")
-    cells = (facts[0], f"{faster:.2f}x", *facts[1:], f"{off.own:.1e}", f"{off.float32:.1e}")
-    print(f"{_line(rung.name, cells)}  {'; '.join(remarks)}", flush=True)
-    if not off.acceptable:
-        print(
-            f"{rung.name} is wrong: its losses differ from those of {rung.builds_on} by {off.own:.2g}, and by "
-            f"{off.float32:.2g} in float32; rounding explains {off.own_allowed:g} and {off.float32_allowed:g}."
-        )
-    return off.acceptable
+        parts.append(f"compiled in {result.first_step_s:.0f} s")
+    if rung.builds_on and rung.builds_on != above:
+        parts.append(f"before: {rung.builds_on}")
+    if result.faster < _NOISE:
+        parts.append("slower here")
+    return "; ".join(parts)
 
 
 def _line(name: str, cells: tuple[str, ...]) -> str:
