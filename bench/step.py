@@ -10,6 +10,7 @@ agree, or the bench ends with an error and exit code 1.
 from __future__ import annotations
 
 import resource
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,14 +96,15 @@ def build_step(subject: str, case: StepCase, dtype: torch.dtype) -> Callable[[],
 
 def _warploom_step(model: Transformer, batch: Batch, dtype: torch.dtype) -> Callable[[], float]:
     model.compute_dtype = dtype
-    keep_packed(model)  # as the trainer does
+    packed = keep_packed(model)  # as the trainer does
     parameters = list(model.parameters())
-    optimizers = [AdamW(parameters, lr=LR)]
+    optimizer = AdamW(parameters, lr=LR)
+    optimizer.pack_into(packed)
 
     def loss_sum(tokens: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         return model.loss(tokens, targets, reduction="sum", **inputs)
 
-    return lambda: training_step(loss_sum, [batch], parameters, optimizers, grad_clip=1.0).loss
+    return lambda: training_step(loss_sum, [batch], parameters, [optimizer], grad_clip=1.0).loss
 
 
 class Subject:
@@ -123,6 +125,10 @@ class Subject:
         """Peak resident memory so far, MB."""
         return self._ask("peak")
 
+    def faults(self) -> float:
+        """Median page faults of a step, those that were checked left out: by then memory has found its place."""
+        return self._ask("faults")
+
     def close(self) -> None:
         self._process.communicate()
 
@@ -137,13 +143,26 @@ class Subject:
 
 
 def serve(name: str, case: StepCase, dtype: torch.dtype) -> None:
-    """Be a Subject's process: answer "step" with the loss of one step and "peak" with the peak memory in MB."""
+    """Be a Subject's process: answer "step" with the loss of one step, "peak" with the peak memory in MB and "faults"
+    with the median page faults of the steps."""
     if name == "warploom":
         keep_freed_memory()  # as the trainer does
     step = build_step(name, case, dtype)
+    faults: list[int] = []
+
+    def counted_step() -> float:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        loss = step()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return loss
+
+    answers: dict[str, Callable[[], float]] = {
+        "step": counted_step,
+        "peak": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "faults": lambda: statistics.median(faults[CHECKED_STEPS:]),
+    }
     for line in sys.stdin:
-        is_step = line.strip() == "step"
-        print(step() if is_step else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+        print(answers[line.strip()](), flush=True)
 
 
 def check(losses: dict[str, list[float]], dtype: str) -> None:
@@ -184,6 +203,7 @@ def bench(config: str, dtype: str, budget_s: float, threads: int) -> list[dict[s
                 "step_ms": step_s * 1e3,
                 "spread": timings[subject].spread,
                 "peak_mb": subjects[subject].peak_mb(),
+                "faults": subjects[subject].faults(),
                 "mfu_measured": flops_per_token * tokens / step_s / rate,
                 "matmul_gflops": rate / 1e9,
                 "ratio": timings["torch-eager"].median_s / step_s,
@@ -229,8 +249,9 @@ def main(arguments: Arguments) -> None:
 
 def show(records: list[dict[str, Any]]) -> None:
     print_table(
-        "ratio: torch-eager's time over this one's; share: of the matrix rate measured in this run",
-        ("config", "dtype", "subject", "tokens/s", "ms/step", "spread", "ratio", "share", "peak MB"),
+        "ratio: torch-eager's time over this one's; share: of the matrix rate measured in this run; faults: page faults "
+        "per step",
+        ("config", "dtype", "subject", "tokens/s", "ms/step", "spread", "ratio", "share", "peak MB", "faults"),
         [
             (
                 *(record[name] for name in ("config", "dtype", "subject")),
@@ -240,6 +261,7 @@ def show(records: list[dict[str, Any]]) -> None:
                 f"{record['ratio']:.2f}x",
                 f"{record['mfu_measured']:.2f}",
                 f"{record['peak_mb']:,.0f}",
+                f"{record['faults']:,.0f}",
             )
             for record in records
         ],

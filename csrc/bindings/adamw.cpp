@@ -2,13 +2,13 @@
 
 #include <cmath>
 
-#include "bindings/binding.h"
+#include "bindings/linear.h"
 
 namespace warploom::bindings {
 namespace {
 
 struct Lists {
-  at::TensorList params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps;
+  at::TensorList params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, packed;
 };
 
 void check_lists(const Lists& lists) {
@@ -36,6 +36,13 @@ void check_lists(const Lists& lists) {
   check_tensors("exp_avg_sqs", lists.exp_avg_sqs, dtype);
   if (!lists.max_exp_avg_sqs.empty()) check_tensors("max_exp_avg_sqs", lists.max_exp_avg_sqs, dtype);
   check_list("state_steps", lists.state_steps);
+  if (!lists.packed.empty()) check_list("packed", lists.packed);
+  for (size_t i = 0; i < lists.packed.size(); ++i) {
+    if (lists.packed[i].numel() == 0) continue;
+    TORCH_CHECK_VALUE(params[i].dim() == 2 && params[i].is_contiguous() && dtype == at::kFloat, "params[", i,
+                      "] must be a contiguous float32 matrix to be packed");
+    check_packed(lists.packed[i], params[i], at::kBFloat16);
+  }
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor& step = lists.state_steps[i];
     TORCH_CHECK_VALUE(step.numel() == 1, "state_steps[", i, "] must be one number, got ", step.sizes());
@@ -75,21 +82,24 @@ void step(cpu::AdamWStep<T, Grad> kernel, const Lists& lists, double lr, const c
       copies.push_back({tensor, tensor.contiguous()});
       return copies.back().dense.mutable_data_ptr();
     };
-    work.push_back({static_cast<T*>(memory(param)), static_cast<Grad*>(memory(lists.grads[i])),
-                    static_cast<T*>(memory(lists.exp_avgs[i])), static_cast<T*>(memory(lists.exp_avg_sqs[i])),
-                    max_exp_avg_sq == nullptr ? nullptr : static_cast<T*>(memory(*max_exp_avg_sq)), param.numel(),
-                    param.dim() == 2 && (!is_dense || param.is_contiguous()) ? param.size(1) : 1,
-                    lr / (1 - std::pow(options.beta1, step)), 1 / std::sqrt(1 - std::pow(options.beta2, step))});
+    work.push_back(
+        {static_cast<T*>(memory(param)), static_cast<Grad*>(memory(lists.grads[i])),
+         static_cast<T*>(memory(lists.exp_avgs[i])), static_cast<T*>(memory(lists.exp_avg_sqs[i])),
+         max_exp_avg_sq == nullptr ? nullptr : static_cast<T*>(memory(*max_exp_avg_sq)), param.numel(),
+         param.dim() == 2 && (!is_dense || param.is_contiguous()) ? param.size(1) : 1,
+         lr / (1 - std::pow(options.beta1, step)), 1 / std::sqrt(1 - std::pow(options.beta2, step)),
+         lists.packed.empty() || lists.packed[i].numel() == 0 ? nullptr : lists.packed[i].mutable_data_ptr()});
   }
   kernel(work.data(), static_cast<int64_t>(work.size()), options);
   for (const Copy& copy : copies) copy.original.copy_(copy.dense);
 }
 
 void adamw_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-                at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
-                double weight_decay, double eps, bool maximize, double grad_factor, bool clear_grads) {
+                at::TensorList max_exp_avg_sqs, at::TensorList state_steps, at::TensorList packed, double lr,
+                double beta1, double beta2, double weight_decay, double eps, bool maximize, double grad_factor,
+                bool clear_grads) {
   if (params.empty()) return;
-  const Lists lists = {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps};
+  const Lists lists = {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, packed};
   check_lists(lists);
   // Negation is exact, so the sign can ride on the factor.
   const cpu::AdamWOptions options = {
@@ -109,7 +119,8 @@ void adamw_step(at::TensorList params, at::TensorList grads, at::TensorList exp_
 TORCH_LIBRARY_FRAGMENT(warploom_cpu, m) {
   m.def(
       "adamw_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
-      "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, float lr, float beta1, float beta2, "
+      "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, Tensor(g!)[] packed, float lr, float beta1, float "
+      "beta2, "
       "float weight_decay, float eps, bool maximize, float grad_factor, bool clear_grads) -> ()");
 }
 

@@ -1,18 +1,9 @@
-#include "cpu/linear.h"
-
-#include "bindings/binding.h"
+#include "bindings/linear.h"
 
 namespace warploom::bindings {
 namespace {
 
 using cpu::Activation;
-
-// x (..., C) -> (..., F)
-std::vector<int64_t> output_shape(const Tensor& x, int64_t F) {
-  auto shape = x.sizes().vec();
-  shape.back() = F;
-  return shape;
-}
 
 Activation activation_of(c10::string_view name) {
   if (name == "none") return Activation::kNone;
@@ -21,21 +12,6 @@ Activation activation_of(c10::string_view name) {
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "silu") return Activation::kSilu;
   TORCH_CHECK_VALUE(false, "activation must be none, relu, relu2, gelu_tanh or silu, got ", name);
-}
-
-int64_t packed_bytes(const Tensor& weight, at::ScalarType dtype) {
-  int64_t bytes = 0;
-  switch_dtype(at::empty({0}, dtype),
-               [&](auto element) { bytes = cpu::linear().get(element).packed_bytes(weight.size(0), weight.size(1)); });
-  return bytes;
-}
-
-// The packed weight, null if there is none.
-const void* checked_packed(const OptionalTensor& packed, const Tensor& weight, const Tensor& x) {
-  if (!packed.has_value()) return nullptr;
-  check("packed", *packed, {packed_bytes(weight, x.scalar_type())}, at::kByte);
-  TORCH_CHECK_VALUE(packed->is_contiguous(), "packed must be contiguous");
-  return packed->const_data_ptr();
 }
 
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& bias_any,
@@ -85,16 +61,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy_any, const Tensor
   return {dx, dweight, dbias};
 }
 
-// Allocates what linear_pack fills.
-Tensor linear_packed_empty(const Tensor& weight, at::ScalarType dtype) {
-  return at::empty({packed_bytes(weight, dtype)}, weight.options().dtype(at::kByte));
+// The size of what linear_pack fills, in bytes.
+int64_t linear_packed_bytes(const Tensor& weight, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be (F, C), got ", weight.sizes());
+  return packed_bytes(weight, dtype);
 }
 
 void linear_pack(const Tensor& weight_any, at::ScalarType dtype, Tensor packed) {
   const Tensor x = at::empty({0, weight_any.size(1)}, weight_any.options().dtype(dtype));
   check_parameter("weight", weight_any, x);
-  check("packed", packed, {packed_bytes(weight_any, dtype)}, at::kByte);
-  TORCH_CHECK_VALUE(packed.is_contiguous(), "packed must be contiguous");
+  check_packed(packed, weight_any, dtype);
   const Tensor weight = weight_any.contiguous();
   switch_parameter(cpu::linear(), x, weight, [&](const auto& kernels, auto, auto weight_element) {
     kernels.pack(data<decltype(weight_element)>(weight), weight.size(0), weight.size(1), packed.mutable_data_ptr());
@@ -108,14 +84,14 @@ TORCH_LIBRARY_FRAGMENT(warploom_cpu, m) {
   m.def(
       "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? packed, Tensor saved, str activation, bool need_dx, "
       "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
-  m.def("linear_packed_empty(Tensor weight, ScalarType dtype) -> Tensor");
+  m.def("linear_packed_bytes(Tensor weight, ScalarType dtype) -> int");
   m.def("linear_pack(Tensor weight, ScalarType dtype, Tensor(a!) packed) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(warploom_cpu, CPU, m) {
   m.impl("linear_fwd", linear_fwd);
   m.impl("linear_bwd", linear_bwd);
-  m.impl("linear_packed_empty", linear_packed_empty);
+  m.impl("linear_packed_bytes", linear_packed_bytes);
   m.impl("linear_pack", linear_pack);
 }
 

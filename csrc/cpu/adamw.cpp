@@ -1,6 +1,7 @@
 #include "cpu/adamw.h"
 
 #include "common/simd.h"
+#include "cpu/packed_weight.h"
 #include "cpu/tensor_blocks.h"
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
@@ -57,8 +58,8 @@ static void update(const AdamWTensor<T, Grad>& tensor, int64_t begin, int64_t en
 
 template <class T, class Grad>
 static void adamw_step(const AdamWTensor<T, Grad>* tensors, int64_t count, const AdamWOptions& options) {
-  // A block of a matrix is whole rows, 32 or a multiple of it, as the panels of packed weights are.
-  constexpr int64_t kRows = 32, kElements = 1 << 14;
+  // A block of a matrix is whole strips of rows, as packing takes them.
+  constexpr int64_t kRows = kRowsPerStrip, kElements = 1 << 14;
   const TensorBlocks cut = cut_into_blocks(
       count, [&](int64_t i) { return tensors[i].size; },
       [&](int64_t i) {
@@ -67,7 +68,14 @@ static void adamw_step(const AdamWTensor<T, Grad>* tensors, int64_t count, const
       });
   parallel_for(cut.count, [&](int64_t i) {
     const TensorBlock& block = cut.blocks[i];
-    update(tensors[block.tensor], block.begin, block.end, options);
+    const AdamWTensor<T, Grad>& tensor = tensors[block.tensor];
+    update(tensor, block.begin, block.end, options);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (tensor.packed == nullptr) return;
+      const int64_t C = tensor.columns;  // the block is whole rows, which are in the cache
+      pack_rows<bf16>(tensor.param, tensor.size / C, C, block.begin / C, block.end / C,
+                      static_cast<RightPanels<bf16>::Element*>(tensor.packed));
+    }
   });
 }
 

@@ -19,6 +19,8 @@ struct AdamWTensor {
   int64_t columns;           // of a row-major matrix; 1 for anything else
   double step_size;          // lr / (1 - beta1^step)
   double denominator_scale;  // 1 / sqrt(1 - beta2^step)
+  // Null, or for a float matrix (size / columns, columns): receives its panels for bf16 activations (packed_weight.h).
+  void* packed;
 };
 
 struct AdamWOptions {

@@ -96,51 +96,60 @@ struct PendingTile {
   }
 };
 
-// a.P is M and a.K is b.K. epilogue(m, n, v, lanes) receives the sums of row m from column n on, as one vector, exactly
-// once per element, and stores what becomes of them; it holds what it needs by value. a_sums: null, or M numbers that
-// receive the sums of A's rows over k, for an A that does not lie along k.
+// C = the sum over i < count of as[i] * bs[i]: products that end in one sum never wait in memory for one another. P of
+// all as is M, as[i].K is bs[i].K. epilogue(m, n, v, lanes) receives the sums of row m from column n on, as one vector,
+// exactly once per element, and stores what becomes of them; it holds what it needs by value. a_sums: null, or M
+// numbers that receive the sums of A's rows over k, for an A that does not lie along k.
 template <class T, class A, class Epilogue>
-static void gemm(const A& a, const RightPanels<T>& b, const Epilogue& epilogue,
-                 typename Accumulator<T>::type* a_sums = nullptr) {
+static void gemm_sum(const A* as, const RightPanels<T>* bs, int count, const Epilogue& epilogue,
+                     typename Accumulator<T>::type* a_sums = nullptr) {
   using Tile = typename TileOf<T>::type;
   using Element = typename Tile::Element;
   using Sum = typename Tile::Sum;
   constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kDepth = Tile::kDepth;
   constexpr int64_t kPanelsOfA = Tile::kRowsPerBlock / kRows;
-  const int64_t M = a.P, N = b.N, K = a.K;
+  const int64_t M = as[0].P, N = bs[0].N;
 
-  // Shorter where A is packed, so that a block is wide and its part of A is packed for many columns. Ranges of about
-  // equal length; one empty range if there is no k, since C must still be written.
-  const int64_t most = Tile::template kReadsRows<A> ? Tile::kDepthPerBlock : Tile::kDepthPacked,
-                ranges = K > most ? (K + most - 1) / most : 1;
-  const int64_t range = round_up_to((K + ranges - 1) / ranges, kDepth);
+  // Shorter where A is packed, so that a block is wide and its part of A is packed for many columns. Ranges of a
+  // product are of about equal length; one empty range if there is no k, since C must still be written.
+  const int64_t most = Tile::template kReadsRows<A> ? Tile::kDepthPerBlock : Tile::kDepthPacked;
+  const auto ranges_of = [=](int64_t K) { return K > most ? (K + most - 1) / most : 1; };
+  const auto length_of = [=](int64_t K) { return round_up_to((K + ranges_of(K) - 1) / ranges_of(K), kDepth); };
+  int64_t ranges = 0, longest = 0;
+  for (int i = 0; i < count; ++i) {
+    ranges += ranges_of(as[i].K);
+    longest = larger(longest, length_of(as[i].K));
+  }
   // As many columns as the cache has room for at this depth.
-  const int64_t fitting = Tile::kSizeOfBlockB / (range > 0 ? range : 1);
   const int64_t tiles_n = (N + kCols - 1) / kCols;
-  const int64_t tiles_wide = fitting / kCols > 1 ? fitting / kCols : 1;
+  const int64_t tiles_wide = larger(Tile::kSizeOfBlockB / larger(longest, 1) / kCols, 1);
   const int64_t blocks_n = (tiles_n + tiles_wide - 1) / tiles_wide, panels_m = (M + kRows - 1) / kRows;
   // Few blocks are cut finer until all threads get equally many: a larger block reads less for each product, but nobody
   // gains by waiting. An element's sum does not depend on the block it is in.
   const int64_t threads = thread_count();
   int64_t blocks_m = (panels_m + kPanelsOfA - 1) / kPanelsOfA;
   while (blocks_m < panels_m && blocks_m * blocks_n < 4 * threads && blocks_m * blocks_n % threads != 0) ++blocks_m;
-  const int64_t panel_b = RightPanels<T>::panel_size(K);
 
   parallel_for(blocks_m * blocks_n, [&](int64_t block) {
     const int64_t block_m = block % blocks_m, block_n = block / blocks_m;
     const int64_t first_panel = panels_m * block_m / blocks_m, m_begin = first_panel * kRows;
     const int64_t panels_a = panels_m * (block_m + 1) / blocks_m - first_panel;
     const int64_t tile_begin = tiles_n * block_n / blocks_n, tile_end = tiles_n * (block_n + 1) / blocks_n;
-    Element* packed_a = scratch<Element>(4, kPanelsOfA * kRows * range);
+    Element* packed_a = scratch<Element>(4, kPanelsOfA * kRows * longest);
     // Two in turn where no sums wait: one is computed while the other leaves.
     Sum* tiles = scratch<Sum>(5, (ranges > 1 ? tiles_wide * kPanelsOfA : 2) * kRows * kCols);
     Sum row_sums[kPanelsOfA * kRows] = {};
     typename Tile::Session session;
     PendingTile<Tile, Epilogue> pending{epilogue};
-    int64_t turn = 0;
+    int64_t turn = 0, product = 0, k_end = 0;
 
     for (int64_t r = 0; r < ranges; ++r) {
-      const int64_t k_begin = r * range, k_end = r + 1 < ranges ? k_begin + range : K;
+      // The next range of this product, or the first of the next.
+      if (r > 0 && k_end == as[product].K) ++product, k_end = 0;
+      const A& a = as[product];
+      const RightPanels<T>& b = bs[product];
+      const int64_t K = a.K, panel_b = RightPanels<T>::panel_size(K), k_begin = k_end;
+      k_end = smaller(k_begin + length_of(K), K);
       const int64_t depth = round_up_to(k_end - k_begin, kDepth);
       // Whole panels are read as they lie where the tile can, others are packed.
       const int64_t whole = Tile::template kReadsRows<A> && k_begin + depth <= K ? (M - m_begin) / kRows : 0;
@@ -182,6 +191,13 @@ static void gemm(const A& a, const RightPanels<T>& b, const Epilogue& epilogue,
       memcpy(a_sums + m_begin, row_sums, static_cast<uint64_t>(rows) * sizeof(Sum));
     }
   });
+}
+
+// C = a * b; see gemm_sum.
+template <class T, class A, class Epilogue>
+static void gemm(const A& a, const RightPanels<T>& b, const Epilogue& epilogue,
+                 typename Accumulator<T>::type* a_sums = nullptr) {
+  gemm_sum(&a, &b, 1, epilogue, a_sums);
 }
 
 }  // namespace warploom::cpu::WARPLOOM_LEVEL

@@ -1,7 +1,7 @@
 #include "cpu/linear.h"
 
 #include "cpu/activation.h"
-#include "cpu/packed_weight.h"
+#include "cpu/linear_gradients.h"
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
 namespace {
@@ -25,13 +25,6 @@ RightPanels<T> forward_panels(const W* weight, int64_t F, int64_t C, const void*
   if (packed != nullptr) return {static_cast<const typename RightPanels<T>::Element*>(packed), F, C};
   return pack_right_operand<T>(forward_operand(weight, F, C),
                                scratch<typename RightPanels<T>::Element>(0, RightPanels<T>::size(F, C)));
-}
-
-template <class T, class W>
-RightPanels<T> backward_panels(const W* weight, int64_t F, int64_t C, const void* packed) {
-  using Element = typename RightPanels<T>::Element;
-  if (packed != nullptr) return {static_cast<const Element*>(packed) + RightPanels<T>::size(F, C), C, F};
-  return pack_right_operand<T>(backward_operand(weight, F, C), scratch<Element>(0, RightPanels<T>::size(C, F)));
 }
 
 template <class T, class W>
@@ -68,23 +61,9 @@ const T* through_activation(const T* dy, const T* saved, Activation kind, int64_
 
 template <class T, class W>
 void linear_bwd(const LinearBackward<T, W>& args) {
-  using Element = typename RightPanels<T>::Element;
-  const int64_t M = args.M, C = args.C, F = args.F;
-  const T* dh = through_activation(args.dy, args.saved, args.activation, M * F);
-  if (args.dx != nullptr) {
-    const Operand<T, /*kAlongK=*/true> dh_by_row = {dh, F, M, F};
-    gemm(dh_by_row, backward_panels<T>(args.weight, F, C, args.packed),
-         [=](int64_t m, int64_t c, auto v, auto lanes) { store(args.dx + m * C + c, v, lanes); });
-  }
-  if (args.dweight == nullptr) return;
-  auto* sums = scratch<typename Accumulator<T>::type>(2, F);
-  const Operand<T, /*kAlongK=*/false> dh_by_column = {dh, F, F, M}, x_by_column = {args.x, C, C, M};
-  const RightPanels<T> x = pack_right_operand<T>(x_by_column, scratch<Element>(0, RightPanels<T>::size(C, M)));
-  gemm(
-      dh_by_column, x, [=](int64_t f, int64_t c, auto v, auto lanes) { store(args.dweight + f * C + c, v, lanes); },
-      sums);
-  if (args.dbias == nullptr) return;
-  each_vector<typename VectorOf<T>::type>(F, [&](int64_t f, auto n) { store(args.dbias + f, load(sums + f, n), n); });
+  const T* dh = through_activation(args.dy, args.saved, args.activation, args.M * args.F);
+  const typename LinearsBackward<T, W>::Layer layer = {dh, args.weight, args.packed, args.dweight, args.dbias, args.F};
+  linears_bwd<T, W>({args.x, args.dx, &layer, 1, args.M, args.C});
 }
 
 template <class T, class W>

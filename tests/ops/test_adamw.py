@@ -201,5 +201,5 @@ def test_opcheck(name):
     lists = draw([(4, 3), (5,)], amsgrad=True)
     with backend(adamw=name):
         torch.library.opcheck(
-            torch.ops.warploom.adamw_step.default, (*lists.values(), *SETTINGS.values(), False, 0.5, True)
+            torch.ops.warploom.adamw_step.default, (*lists.values(), [], *SETTINGS.values(), False, 0.5, True)
         )

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def refusals_skip():
         pytest.skip(str(refusal))
 
 
+def each_tensor(function: Callable[[torch.Tensor], Any], argument: Any) -> Any:
+    """The argument with its tensors, or those of the list that it is, replaced by the function's results."""
+    if isinstance(argument, list | tuple):
+        return [each_tensor(function, item) for item in argument]
+    return function(argument) if isinstance(argument, torch.Tensor) else argument
+
+
+def flat(outputs: Any) -> list[torch.Tensor]:
+    """The tensors that an operator returns, those in lists too."""
+    if isinstance(outputs, list | tuple):
+        return [tensor for output in outputs for tensor in flat(output)]
+    return [outputs]
+
+
 class Recorder(TorchDispatchMode):
     """Keeps the arguments with which warploom operators are called."""
 
@@ -89,7 +104,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "warploom":
-            self.calls.append((func, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)))
+            self.calls.append((func, tuple(each_tensor(lambda t: t.detach().clone(), a) for a in args)))
         return func(*args, **(kwargs or {}))
 
 
@@ -109,10 +124,10 @@ def check_fake(op: Op, name: str, trial: Trial) -> None:
     """Fake and meta results have the shapes, strides and dtypes of the real ones."""
     for operator, arguments in record(op, name, trial):
         with backend(**{op.name: name}):
-            real = as_tuple(operator(*arguments))
+            real = flat(operator(*arguments))
         with FakeTensorMode() as mode:
-            fake = as_tuple(operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)))
-        on_meta = as_tuple(operator(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments)))
+            fake = flat(operator(*(each_tensor(mode.from_tensor, a) for a in arguments)))
+        on_meta = flat(operator(*(each_tensor(lambda t: t.to("meta"), a) for a in arguments)))
         for index, (r, f, m) in enumerate(zip(real, fake, on_meta, strict=True)):
             facts = [(tuple(t.shape), t.stride(), t.dtype) for t in (r, f, m)]
             assert facts[0] == facts[1] == facts[2], f"{operator} result {index}: real, fake, meta are {facts}"

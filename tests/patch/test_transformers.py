@@ -20,6 +20,7 @@ from warploom.patch.swap import Swap
 pytestmark = pytest.mark.skipif(
     REGISTRY["linear"].choice("cpu") == "reference", reason="without compiled kernels patch leaves every layer"
 )
+CONV1D = "torch's own product is faster on a transposed weight (Conv1D)"
 MODES = {"float32": torch.float32, "autocast": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 
@@ -48,15 +49,17 @@ def test_every_swapped_layer_calls_its_op_once(name):
     calls = run(model, batch(name, "right"), autocast=True).calls
     assert calls == {f"{op}/{REGISTRY[op].choice('cpu')}": count for op, count in swapped.items()}
     assert swapped["attention"] == (2 if name in DECODERS else 6)
-    assert swapped["linear"] > 6
+    assert swapped["linear"] >= 3
     assert swapped["rms_norm" if name in ("llama", "t5") else "layer_norm"] >= 5
     assert swapped["cross_entropy"] == (name in DECODERS)
     pairs = {"gpt2": "linear + gelu_tanh", "llama": "linear + silu"}
     assert sum(entry.kind == pairs.get(name, "linear + relu") for entry in report.swapped) == 2 * (
         1 if name in DECODERS else 2
     )
-    left = [] if name in DECODERS else [("", "loss", "its forward computes the loss itself")]
-    assert [dataclasses.astuple(entry) for entry in report.left] == left
+    left = Counter() if name in DECODERS else Counter({("loss", "its forward computes the loss itself"): 1})
+    if name == "gpt2":
+        left["linear", CONV1D] = 6
+    assert Counter((entry.kind, entry.reason) for entry in report.left) == left
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -208,11 +211,11 @@ def reasons(model):
 def test_what_is_left_says_why():
     gpt2 = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=V, loss_type="ForCausalLM", **TOKENS)
     model = hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2, attn_pdrop=0.1, activation_function="gelu"))
-    assert reasons(model) == {"dropout 0.1 on attention probabilities", "no kernel has GELUActivation in it"}
+    assert reasons(model) == {"dropout 0.1 on attention probabilities", "no kernel has GELUActivation in it", CONV1D}
     assert model.config._attn_implementation == "sdpa"
 
     model = hf.GPT2LMHeadModel._from_config(hf.GPT2Config(**gpt2, attn_pdrop=0.0), attn_implementation="eager")
-    assert reasons(model) == {"attn_implementation is 'eager', only 'sdpa' is replaced"}
+    assert reasons(model) == {"attn_implementation is 'eager', only 'sdpa' is replaced", CONV1D}
 
     model = build("llama")
     model.loss_function = lambda **arguments: arguments["logits"].sum()

@@ -31,7 +31,7 @@ NORMS: dict[str, Callable[[TransformerConfig], nn.Module]] = {
     "rms_norm": lambda config: RMSNorm(config.d_model, config.norm_eps),
 }
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
-    **{activation: partial(FeedForward, activation=activation) for activation in ("relu", "relu2", "gelu", "gelu_tanh")},
+    **{name: partial(FeedForward, activation=name) for name in ("relu", "relu2", "gelu", "gelu_tanh")},
     "swiglu": SwiGLU,
 }
 # (config, whether the stack is causal) -> the positions of one stack, which all of its layers share.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from warploom.nn.linear import Linear
 from warploom.ops.attention import attention
+from warploom.ops.linear_qkv import linear_qkv
 
 
 class AttentionCache(Protocol):
@@ -87,9 +88,15 @@ class SelfAttention(_Attention):
     head_dim: d_model / num_heads if None. layer: the number under which the cache keeps keys and values.
     """
 
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = (part.parameters_for(x) for part in parts)
+        packed = [part.packed for part in parts]
+        return linear_qkv(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, packed)
+
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x: (B, T, C), any floating dtype; returns the same. Packed documents come as B == 1 with cu_seqlens."""
-        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        q, k, v = map(self._heads, self._project(x))
         q, k = context.rotate(q, context.positions), context.rotate(k, context.positions)
         key_lengths = context.key_lengths
         if context.cache is not None:

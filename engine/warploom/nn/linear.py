@@ -35,19 +35,25 @@ class Linear(nn.Linear):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return linear(x, weight, bias, self.activation, self.packed)
+        return linear(x, *self.parameters_for(x), self.activation, self.packed)
+
+    def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias in a dtype that the op takes with x: as they are where that is one."""
+        weight, bias = self.weight, self.bias
+        if weight.dtype == x.dtype or (weight.dtype == torch.float32 and x.dtype != torch.float64):
+            return weight, bias
+        return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
-def keep_packed(model: nn.Module) -> None:
+def keep_packed(model: nn.Module) -> dict[Tensor, PackedWeight]:
     """Let every Linear of the model keep its weight packed between updates, at the cost of its size in 16 bits, twice.
+    Returns what keeps each weight, for optimizers that pack what they update (optim.AdamW).
 
     For training loops: it saves packing the weight for each micro batch and each backward. PackedWeight says which
     writes to a weight it notices.
     """
+    packed: dict[Tensor, PackedWeight] = {}
     for module in model.modules():
         if isinstance(module, Linear):
-            module.packed = PackedWeight()
+            packed[module.weight] = module.packed = PackedWeight()
+    return packed

@@ -35,6 +35,7 @@ def adamw(
     maximize: bool = False,
     grad_factor: float = 1.0,
     clear_grads: bool = False,
+    packed: Sequence[Tensor] = (),
 ) -> None:
     """Add 1 to each of state_steps, then with g = grad_factor * grad, its sign turned if maximize:
 
@@ -47,11 +48,13 @@ def adamw(
     except that grads may be bfloat16 beside float32. max_exp_avg_sqs is empty, or takes the maxima of exp_avg_sq and
     serves in its place under the root (AMSGrad). state_steps: one float32 or float64 number each, on the CPU for back
     end cpu. The arithmetic is float32 at least. clear_grads writes zeros into grads, which otherwise stay as they are:
-    grad_factor never reaches them. Raises ValueError for a wrong length or shape, TypeError for a wrong dtype.
+    grad_factor never reaches them. packed is empty, or holds for each parameter the memory of its PackedWeight for
+    bfloat16 activations, which receives the new values in the same pass, or an empty tensor. Raises ValueError for a
+    wrong length or shape, TypeError for a wrong dtype.
     """
     if not params:
         return
-    state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, packed)
     torch.ops.warploom.adamw_step(
         params, grads, *state, lr, beta1, beta2, weight_decay, eps, maximize, grad_factor, clear_grads
     )
@@ -151,6 +154,7 @@ def _reference_step(
     exp_avg_sqs,
     max_exp_avg_sqs,
     state_steps,
+    packed,
     lr,
     beta1,
     beta2,
@@ -183,6 +187,9 @@ def _reference_step(
             tensor.copy_(result)
     if clear_grads:
         torch._foreach_zero_(grads)
+    for param, panels in zip(params, packed, strict=False):
+        if panels.numel():
+            torch.ops.warploom_cpu.linear_pack(param, torch.bfloat16, panels)
 
 
 def _fake_step(*args):
@@ -234,8 +241,8 @@ OP = Op(
     torch_peer=_torch_peer,
     schemas={
         "step": "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
-        "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, float lr, float beta1, float beta2, "
-        "float weight_decay, float eps, bool maximize, float grad_factor, bool clear_grads) -> ()"
+        "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, Tensor(g!)[] packed, float lr, float beta1, "
+        "float beta2, float weight_decay, float eps, bool maximize, float grad_factor, bool clear_grads) -> ()"
     },
     fakes={"step": _fake_step},
     backends={

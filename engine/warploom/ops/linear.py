@@ -52,25 +52,30 @@ def linear(
     packed: what PackedWeight keeps of this very weight; without it every call packs the weight anew.
     Raises ValueError for a wrong shape or activation, TypeError for a wrong dtype.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight must be (F, C) to match x {tuple(x.shape)}, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
-    if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
-        raise TypeError(f"weight must be {x.dtype} as x is, or torch.float32, got {weight.dtype}")
-    if bias is not None and bias.dtype != weight.dtype:
-        raise TypeError(f"bias must be {weight.dtype} as weight is, got {bias.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as x is, got {tensor.device}")
+    check_parameters(x, weight, bias)
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         hint = nearest(activation, ACTIVATIONS)
         raise ValueError(f"activation must be one of {known}, got {activation!r}{hint}")
     panels = None if packed is None else packed.panels(weight, x.dtype)
     return _Linear.apply(x, weight, bias, panels, activation)
+
+
+def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Raise ValueError or TypeError unless weight (F, C) and bias (F,) go with x (..., C); prefix: of their names."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"{prefix}weight must be (F, C) to match x {tuple(x.shape)}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{prefix}bias must be ({weight.shape[0]},) to match its weight, got {tuple(bias.shape)}")
+    if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(f"{prefix}weight must be {x.dtype} as x is, or torch.float32, got {weight.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"{prefix}bias must be {weight.dtype} as its weight is, got {bias.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{prefix}{name} must be on {x.device} as x is, got {tensor.device}")
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,25 +86,51 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 class PackedWeight:
     """What products read of one weight, kept from use to use and made anew when the weight has changed.
 
-    A change is seen by the version counter that torch keeps of every tensor: operations in place, optimizers,
-    load_state_dict and copies into it count; writing through `.data` or through NumPy does not, so weights that are
-    written that way must not be packed. Takes as much memory as the weight in the activations' dtype, twice, since the
+    A change is seen by the version counter that torch keeps of every tensor, and by the values of a few elements:
+    torch's fused optimizers, and writes through `.data`, change a tensor without counting. Writing to a part of the
+    weight in such a way goes unseen. Takes as much memory as the weight in the activations' dtype, twice, since the
     forward and the backward read it in different orders. Where no kernel packs (dtype, device, back end) it is idle.
     """
 
+    _SAMPLED = 32  # elements
+
     def __init__(self) -> None:
         self._panels: Tensor | None = None
-        self._of: tuple[weakref.ref[Tensor], int, torch.dtype] | None = None
+        self._of: weakref.ref[Tensor] | None = None
+        self._dtype: torch.dtype | None = None
+        self._version = -1
+        self._sample: Tensor | None = None
 
     def panels(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the panels of the weight as it is now, for activations of this dtype; None where they are of no use."""
+        """Return the panels of the weight as it is now, for activations of this dtype; None where none are read."""
         if OP.choice(weight.device.type) != "cpu" or (OP.forced() or "cpu") != "cpu" or not _packs(dtype):
             return None
-        if self._of is None or self._of[0]() is not weight or self._of[1:] != (weight._version, dtype):
-            if self._panels is None or self._of is None or self._of[0]() is not weight or self._of[2] != dtype:
-                self._panels = torch.ops.warploom_cpu.linear_packed_empty(weight.detach(), dtype)
-            torch.ops.warploom_cpu.linear_pack(weight.detach(), dtype, self._panels)
-            self._of = weakref.ref(weight), weight._version, dtype
+        panels = self._allocated(weight, dtype)
+        sample = self._sampled(weight)
+        if weight._version != self._version or self._sample is None or not torch.equal(sample, self._sample):
+            torch.ops.warploom_cpu.linear_pack(weight.detach(), dtype, panels)
+            self.now_hold(weight)
+        return panels
+
+    def memory_for(self, weight: Tensor) -> Tensor | None:
+        """Return the memory of the panels for bfloat16 activations, for who is about to change the weight and writes
+        them too, and then says now_hold(weight); None where no panels are in use."""
+        in_use = self._of is not None and self._of() is weight and self._dtype == torch.bfloat16
+        return self._panels if in_use and weight.is_contiguous() else None
+
+    def now_hold(self, weight: Tensor) -> None:
+        """Take the panels for those of the weight as it is now."""
+        self._version, self._sample = weight._version, self._sampled(weight).clone()
+
+    def _sampled(self, weight: Tensor) -> Tensor:
+        return weight.detach().reshape(-1)[:: max(1, weight.numel() // self._SAMPLED)]
+
+    def _allocated(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the memory of the panels, whatever is in it."""
+        if self._panels is None or self._of is None or self._of() is not weight or self._dtype != dtype:
+            size = torch.ops.warploom_cpu.linear_packed_bytes(weight.detach(), dtype)
+            self._panels = torch.empty(size, dtype=torch.uint8)
+            self._of, self._dtype, self._version, self._sample = weakref.ref(weight), dtype, -1, None
         return self._panels
 
     def __deepcopy__(self, memo: dict) -> PackedWeight:
@@ -169,7 +200,7 @@ def _packs(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _slower(x: Tensor, activation: str) -> str | None:
+def is_left_to_torch(x: Tensor, activation: str) -> str | None:
     """Why a call is left to torch, None if it is not: by measurement, see docs/performance.md."""
     if activation == "none" and not _packs(x.dtype):
         return f"torch's plain product is faster in {x.dtype}"
@@ -230,8 +261,8 @@ OP = Op(
             devices=("cpu",),
             missing=lambda: _extension.why_missing("linear_fwd", "linear_bwd", "linear_pack"),
             slower={
-                "fwd": lambda x, weight, bias, panels, activation, need_h: _slower(x, activation),
-                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: _slower(x, activation),
+                "fwd": lambda x, weight, bias, panels, activation, need_h: is_left_to_torch(x, activation),
+                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: is_left_to_torch(x, activation),
             },
         ),
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from warploom.ops import adamw
+from warploom.ops.linear import PackedWeight
 
 # Parameters, gradients, exp_avg, exp_avg_sq, max_exp_avg_sq (empty without amsgrad), step.
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class AdamW(torch.optim.AdamW):
@@ -22,6 +25,9 @@ class AdamW(torch.optim.AdamW):
     foreach and fused choose among torch's loops and so change nothing here. Groups with capturable or differentiable,
     and complex parameters, take torch's own step, since those need it made of torch's operators.
     """
+
+    # Of parameters that are packed too. Not copied or pickled with the optimizer: a copy has other parameters.
+    _packed: Mapping[Tensor, PackedWeight] = {}
 
     def __init__(
         self,
@@ -54,6 +60,10 @@ class AdamW(torch.optim.AdamW):
         # With fused, torch's would take GradScaler's factor and verdict into its step. Here they come before it.
         self._step_supports_amp_scaling = False
 
+    def pack_into(self, packed: Mapping[Tensor, PackedWeight]) -> None:
+        """Let each step leave new values of these parameters in their packed form too, in the same pass."""
+        self._packed = packed
+
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], float] | None = None,
@@ -81,6 +91,7 @@ class AdamW(torch.optim.AdamW):
                     _torch_step(group, lists)
                     continue
                 beta1, beta2 = group["betas"]
+                memories = [self._packed_memory(param) for param in lists[0]]
                 adamw(
                     *lists,
                     lr=float(group["lr"]),
@@ -91,8 +102,15 @@ class AdamW(torch.optim.AdamW):
                     maximize=group["maximize"],
                     grad_factor=grad_factor,
                     clear_grads=clear_grads,
+                    packed=[_NOTHING if memory is None else memory for memory in memories],
                 )
+                for param, memory in zip(lists[0], memories, strict=True):
+                    if memory is not None:
+                        self._packed[param].now_hold(param)
         return loss
+
+    def _packed_memory(self, param: Tensor) -> Tensor | None:
+        return self._packed[param].memory_for(param) if param in self._packed else None
 
     def _lists_of(self, group: dict[str, Any]) -> dict[tuple, _Lists]:
         """What has a gradient, by device and dtypes. Built anew at each step, 0.1 ms for 200 parameters: to see that

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from warploom.errors import UserError
+from warploom.ops.linear import PackedWeight
 from warploom.optim.adamw import AdamW
 from warploom.optim.muon import Muon
 
@@ -42,12 +44,17 @@ class OptimizerConfig:
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimizerConfig, *, muon_dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: OptimizerConfig,
+    *,
+    muon_dtype: torch.dtype = torch.float32,
+    packed: Mapping[Tensor, PackedWeight] | None = None,
 ) -> list[AdamW | Muon]:
     """Return the optimizers that together hold every trainable parameter of model once, AdamW as the last.
 
     Hidden matrices are the parameters of two dimensions that belong to no embedding and not to the output layer.
     Each group keeps its peak learning rate under "peak_lr". muon_dtype is the dtype of Muon's matrix products.
+    packed: what nn.linear.keep_packed returned for model; AdamW then writes it in its own pass.
     """
     hidden = _hidden_matrices(model)
     is_hidden = {id(p) for p in hidden}
@@ -55,7 +62,9 @@ def build_optimizers(
     no_decay = {"params": rest, "weight_decay": 0.0}
 
     def adamw(groups: list[dict]) -> AdamW:
-        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        optimizer.pack_into(packed or {})
+        return optimizer
 
     optimizers: list[AdamW | Muon]
     if config.name == "muon":

@@ -69,18 +69,9 @@ class LinearSwap(Swap):
         return dense(input, self.weight, self.bias)
 
 
-class Conv1DSwap(Swap):
-    """transformers' Conv1D, a Linear whose weight is transposed."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dense(x, self.weight.t(), self.bias)
-
-
 class ActivatedLinear(Swap):
-    """A Linear or Conv1D that has taken in the activation behind it, whose module becomes PassThrough."""
+    """A Linear or Conv1D (a Linear with transposed weight) that has taken in the activation behind it, whose module
+    becomes PassThrough."""
 
     is_original = False
     activation: str
@@ -124,11 +115,14 @@ def plan_pair(plan: Plan, path: str, parent: nn.Module, linear_name: str, activa
 
 
 def plan_linear(plan: Plan, path: str, module: nn.Module) -> None:
-    """Plan to swap a Linear or Conv1D that no other rule has taken."""
+    """Plan to swap a Linear that no other rule has taken."""
     if type(module).forward is nn.Linear.forward:
         plan.swap(path, module, LinearSwap, "linear")
     elif is_conv1d(module):
-        plan.swap(path, module, Conv1DSwap, "linear")
+        # The kernel copies a transposed weight at each call, and its gradient is copied back. With an activation taken
+        # in that still wins. GPT-2's step, 6 layers of width 768, one core of a Sapphire Rapids, CPU seconds: 1.66 with
+        # these left, 1.81 with all swapped, 2.25 unpatched.
+        plan.leave(path, module, "linear", "torch's own product is faster on a transposed weight (Conv1D)")
 
 
 def is_linear(module: nn.Module) -> bool:

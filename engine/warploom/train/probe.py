@@ -11,8 +11,8 @@ from warploom.data.loader import Loader
 from warploom.data.shards import TokenDataset
 from warploom.models.config import TransformerConfig
 from warploom.models.transformer import Transformer
-from warploom.optim import build_optimizers
 from warploom.nn.linear import keep_packed
+from warploom.optim import build_optimizers
 from warploom.train import matmul_rate
 from warploom.train.allocator import keep_freed_memory
 from warploom.train.batch_size import available_bytes
@@ -45,8 +45,8 @@ def step_timer(dataset: TokenDataset, device: torch.device) -> StepTimer:
     def step_seconds(config: TransformerConfig, shape: BatchShape, dtype: torch.dtype) -> float:
         model = Transformer(config).to(device)
         model.compute_dtype = dtype
-        keep_packed(model)
-        optimizers = build_optimizers(model, optimizer_for(config), muon_dtype=dtype)
+        packed = keep_packed(model)
+        optimizers = build_optimizers(model, optimizer_for(config), muon_dtype=dtype, packed=packed)
         batches = Loader(dataset.train, seq_len=shape.seq_len, micro_batch_size=shape.micro_batch_size, seed=0)
         loss_sum = functools.partial(model.loss, reduction="sum")
         durations: list[float] = []

@@ -132,14 +132,14 @@ class Trainer:
             torch.set_num_threads(train.threads)
         self.model.to(self._device)
         self.model.compute_dtype = self._dtype
-        keep_packed(self.model)
+        packed = keep_packed(self.model)
         self.model.gradient_checkpointing = train.grad_checkpointing
         self.model.train()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         loss_sum = functools.partial(self.model.loss, reduction="sum")
         self._loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if train.compile else loss_sum
         # Muon's products follow the compute type: who trains in bfloat16 has fast products for it.
-        self._optimizers = build_optimizers(self.model, self.config.optimizer, muon_dtype=self._dtype)
+        self._optimizers = build_optimizers(self.model, self.config.optimizer, muon_dtype=self._dtype, packed=packed)
         found = run_state.find_state(train, self._message)
         if found is None:
             self.progress = Progress(self._planned_steps, train.micro_batch_size or self._find_micro_batch_size())
