@@ -74,7 +74,8 @@ struct ExponentialSum {
   void raise_shift(V x) {
     Scalar largest = x[0];
     for (int i = 1; i < kLanes<V>; ++i) largest = x[i] > largest ? x[i] : largest;
-    sums *= exp_of_lanes(broadcast(finite_shift() - largest));
+    // Before the first there is nothing to bring down, and exp of a first that is far below 0 is infinite.
+    if (shift != static_cast<Scalar>(-kInfinity)) sums *= exp_of_lanes(broadcast(shift - largest));
     shift = largest;
   }
 };

@@ -38,7 +38,17 @@ def usable_levels() -> list[str]:
 @pytest.mark.parametrize("level", [level for level in usable_levels() if level != _extension.level()])
 def test_every_kernel_is_right_at(level):
     script = str(Path(__file__).with_name("check_level.py"))
-    result = run_python(script, "layer_norm", "rms_norm", "linear", "adamw", "grad_norm", WARPLOOM_CPU_LEVEL=level)
+    result = run_python(
+        script,
+        "layer_norm",
+        "rms_norm",
+        "linear",
+        "linear_qkv",
+        "linear_cross_entropy",
+        "adamw",
+        "grad_norm",
+        WARPLOOM_CPU_LEVEL=level,
+    )
     assert result.returncode == 0, result.stderr
 
 

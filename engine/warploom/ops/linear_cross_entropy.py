@@ -246,6 +246,7 @@ OP = Op(
         Case("several_chunks", _case(520, C=8, V=8200, reduction="sum"), dtypes=(torch.float32, torch.bfloat16)),
         # Logits in the hundreds: probabilities underflow to 0 while the loss must stay finite.
         Case("large_logits", _case(20, C=32, V=64, spread=200.0)),
+        Case("one_large_logit", _case(20, C=32, V=1, spread=200.0)),
     ),
     bad_cases=(
         _bad("hidden_integers", "hidden must be floating", TypeError, hidden=torch.ones(2, 3, 4, dtype=torch.int64)),
