@@ -43,6 +43,18 @@ def test_norms_equal_torch_and_return_the_stream():
         torch.testing.assert_close(returned, stream)
 
 
+def test_norms_are_called_as_torchs():
+    """One argument in, one tensor out; the same defaults and state_dict keys."""
+    x = torch.randn(2, 3, 6)
+    for module, peer in ((LayerNorm, torch.nn.LayerNorm), (RMSNorm, torch.nn.RMSNorm)):
+        for shape in (6, (6,)):
+            ours, theirs = module(shape), peer(shape)
+            theirs.load_state_dict(ours.state_dict())
+            torch.testing.assert_close(ours(x), theirs(x))
+        with pytest.raises(ValueError, match="normalized_shape must be one dimension"):
+            module((3, 6))
+
+
 @pytest.mark.parametrize(
     "module",
     [Linear(6, 6), LayerNorm(6), LayerNorm(6, bias=False), RMSNorm(6), FeedForward(6, 8), FeedForward(6, 8, "gelu")],

@@ -27,7 +27,7 @@ from warploom.nn.position import (
 )
 
 NORMS: dict[str, Callable[[TransformerConfig], nn.Module]] = {
-    "layer_norm": lambda config: LayerNorm(config.d_model, config.norm_eps, config.norm_bias),
+    "layer_norm": lambda config: LayerNorm(config.d_model, config.norm_eps, bias=config.norm_bias),
     "rms_norm": lambda config: RMSNorm(config.d_model, config.norm_eps),
 }
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
@@ -123,7 +123,7 @@ class ParallelBlock(_TwoNormBlock):
 
     def forward(self, x: Tensor, stream: Tensor | None, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         y, stream = self.attention_norm(x, stream)
-        z, _ = self.feed_forward_norm(stream)
+        z = self.feed_forward_norm(stream)
         return self.dropout(self.attention(y, context)) + self.dropout(self.feed_forward(z)), stream
 
 
