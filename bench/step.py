@@ -249,7 +249,7 @@ def main(arguments: Arguments) -> None:
 
 def show(records: list[dict[str, Any]]) -> None:
     print_table(
-        "ratio: torch-eager's time over this one's; share: of the matrix rate measured in this run; faults: page faults "
+        "ratio: torch-eager's time over this one's; share: of the matrix rate measured in this run; faults: of pages, "
         "per step",
         ("config", "dtype", "subject", "tokens/s", "ms/step", "spread", "ratio", "share", "peak MB", "faults"),
         [

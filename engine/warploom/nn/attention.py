@@ -90,6 +90,8 @@ class SelfAttention(_Attention):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = (self.q_proj, self.k_proj, self.v_proj)
+        if any(type(part) is not Linear for part in parts):  # something else was put in their place, an adapter say
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = (part.parameters_for(x) for part in parts)
         packed = [part.packed for part in parts]
         return linear_qkv(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, packed)
