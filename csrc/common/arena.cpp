@@ -62,13 +62,14 @@ class Arena {
     if (bytes > kMost) return nullptr;
     bytes = rounded_up(bytes, page_);
     const std::lock_guard lock(mutex_);
-    // Best fit, the lowest address among equals. Against first fit it took 4 % less memory in the steps of gpt2 in
-    // bfloat16, and 4 % more than was in use at the step's peak.
+    // Best fit, the highest address among equals. In traces of training steps, ours and torch's, of gpt2 and small it
+    // took 2 to 9 % more memory than was in use at the step's peak; the lowest address and first fit took up to 10 %.
     auto found = by_size_.lower_bound({bytes, nullptr});
     if (found == by_size_.end()) {
       if (!grow(bytes) && (give_back_locked() == 0 || !grow(bytes))) return nullptr;
       found = by_size_.lower_bound({bytes, nullptr});
     }
+    found = std::prev(by_size_.lower_bound({found->first + 1, nullptr}));
     const auto [size, block] = *found;
     remove_free(block, size);
     if (size > bytes) insert_free(block + bytes, size - bytes);

@@ -74,6 +74,15 @@ WARPLOOM_INLINE void each_vector(int64_t count, Body&& body) {
   if (i < count) body(i, static_cast<int>(count - i));
 }
 
+// Asks for the cache line some bytes beyond p, which may lie outside of any array. The processor's own prefetching
+// keeps up with a copy, but not with tens of instructions between two lines, and loads alone then have too few lines
+// under way: one core of a Sapphire Rapids, whose third cache is far away, took 4.2 ms for layer_norm of 8192 x 768
+// bf16 without this, 2.6 with it; 15.3 and 6.6 ms for cross_entropy of 2048 x 8192. 4 KiB did no better, 1 KiB worse.
+constexpr int64_t kPrefetchBytes = 2048;
+WARPLOOM_INLINE void prefetch_ahead(const void* p, int64_t bytes = kPrefetchBytes) {
+  __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)));
+}
+
 // ---- 16-bit conversions of one element ----
 
 WARPLOOM_INLINE float to_float(float x) { return x; }
@@ -304,6 +313,17 @@ WARPLOOM_INLINE V keep_first(V v, int n) {
   return v;
 }
 
+// -inf beyond the first n lanes.
+template <class V>
+WARPLOOM_INLINE V hide_beyond(V v, All) {
+  return v;
+}
+template <class V>
+WARPLOOM_INLINE V hide_beyond(V v, int n) {
+  for (int i = 0; i < kLanes<V>; ++i) v[i] = i < n ? v[i] : -static_cast<decltype(v[0] + v[0])>(__builtin_inf());
+  return v;
+}
+
 template <class V>
 WARPLOOM_INLINE auto sum(V v) {
   // In halves, so that the order is the same as the tree a wider level would use.
@@ -314,9 +334,10 @@ WARPLOOM_INLINE auto sum(V v) {
   return lanes[0];
 }
 
-WARPLOOM_INLINE float max_lane(Floats v) {
-  float best = v[0];
-  for (int i = 1; i < kWidth; ++i) best = v[i] > best ? v[i] : best;
+template <class V>
+WARPLOOM_INLINE auto max_lane(V v) {
+  decltype(v[0] + v[0]) best = v[0];
+  for (int i = 1; i < kLanes<V>; ++i) best = v[i] > best ? v[i] : best;
   return best;
 }
 

@@ -168,6 +168,7 @@ WARPLOOM_INLINE void tile_block(int64_t K, const bf16* a, int64_t a_stride, cons
 template <bool accumulate>
 void product_in_tiles(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t a_stride, const bf16* b,
                       int64_t panel_stride, float* c, int64_t c_stride) {
+  asm volatile("" ::: "memory");  // the compiler is not told that tile loads read what was stored before
   for (int64_t m = 0; m < M; m += 32) {
     const bool two_rows = M - m > 16;
     const bf16* left = a + m * a_stride;
@@ -229,6 +230,17 @@ void pack_left(const T* rows, int64_t row_stride, int64_t num_rows, int64_t coun
   }
   memset(out + num_rows * padded, 0, (padded_rows - num_rows) * padded * sizeof(E));
 }
+
+// kDepthStep successive numbers as operands.
+template <class V, class E>
+WARPLOOM_INLINE void store_step(const V* values, E* out) {
+  for (int i = 0; i < kDepthStep<E> / kLanes<V>; ++i) store(out + i * kLanes<V>, values[i]);
+}
+#if defined(WARPLOOM_HAS_AVX512_BF16)
+WARPLOOM_INLINE void store_step(const Floats* values, bf16* out) {
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
+}
+#endif
 
 // Interleaves kGroup rows of 16 columns into one step of a panel.
 template <class E>

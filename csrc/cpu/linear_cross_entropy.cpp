@@ -25,17 +25,6 @@ WARPLOOM_INLINE V exp_of_lanes(V x) {
   return exp2(x * static_cast<decltype(x[0] + x[0])>(kLog2E));
 }
 
-// -inf beyond the first n lanes.
-template <class V>
-WARPLOOM_INLINE V hide_beyond(V v, All) {
-  return v;
-}
-template <class V>
-WARPLOOM_INLINE V hide_beyond(V v, int n) {
-  for (int i = 0; i < kLanes<V>; ++i) v[i] = i < n ? v[i] : -static_cast<decltype(v[0] + v[0])>(kInfinity);
-  return v;
-}
-
 // Sum over j of exp(x_j), kept as sums * exp(shift), a lane of sums for each lane of the vectors that are added. The
 // shift follows the largest x at a distance: within kSlack above it nothing can overflow.
 template <class V>
@@ -72,8 +61,7 @@ struct ExponentialSum {
   }
 
   void raise_shift(V x) {
-    Scalar largest = x[0];
-    for (int i = 1; i < kLanes<V>; ++i) largest = x[i] > largest ? x[i] : largest;
+    const Scalar largest = max_lane(x);
     // Before the first there is nothing to bring down, and exp of a first that is far below 0 is infinite.
     if (shift != static_cast<Scalar>(-kInfinity)) sums *= exp_of_lanes(broadcast(shift - largest));
     shift = largest;

@@ -1,5 +1,6 @@
 // The rows of layer_norm (kCenter) and rms_norm, which differ by the mean alone: with mean 0 and no dbias they are one.
-// Each row is read from memory once; the passes after the first find it in the cache.
+// Each row is read from memory once; the passes after the first find it in the cache. What is read or written is
+// prefetched in the first pass that has the time, which reaches into the rows that follow.
 #pragma once
 
 #include "common/parallel.h"
@@ -32,21 +33,30 @@ WARPLOOM_INLINE void norm_fwd_row(const NormForward<T>& args, int64_t row) {
     const T* residual = args.residual + row * C;
     T* stream = args.stream + row * C;
     each_vector<V>(C, [&](int64_t i, auto n) {
+      prefetch_ahead(x + i);
+      prefetch_ahead(residual + i);
+      prefetch_ahead(stream + i);
       store(stream + i, load(x + i, n) + load(residual + i, n), n);
       if constexpr (kCenter) total += load(stream + i, n);
     });
     x = stream;  // from here on as rounded, since the backward pass will see it so
   } else if constexpr (kCenter) {
-    each_vector<V>(C, [&](int64_t i, auto n) { total += load(x + i, n); });
+    each_vector<V>(C, [&](int64_t i, auto n) {
+      prefetch_ahead(x + i);
+      total += load(x + i, n);
+    });
   }
   double exact_mean = kCenter ? mean_of(total, C) : 0.0;
   const V rough_mean = broadcast(static_cast<Scalar>(exact_mean));
 
   // The variance from the deviations, not from the sum of squares: a large mean would cancel all its digits. For the
   // same reason the mean of a long row is off by some units in its last place; the deviations' own mean corrects it.
+  T* y = args.y + row * C;
   V squares = {};
   total = V{};
   each_vector<V>(C, [&](int64_t i, auto n) {
+    prefetch_ahead(y + i);
+    if constexpr (!kCenter) prefetch_ahead(x + i);
     const V deviation = keep_first(load(x + i, n) - rough_mean, n);
     squares = fma(deviation, deviation, squares);
     if constexpr (kCenter) total += deviation;
@@ -61,7 +71,6 @@ WARPLOOM_INLINE void norm_fwd_row(const NormForward<T>& args, int64_t row) {
   args.rstd[row] = static_cast<Scalar>(1.0 / __builtin_sqrt(variance + args.eps));
 
   const V mean = broadcast(static_cast<Scalar>(exact_mean)), rstd = broadcast(args.rstd[row]);
-  T* y = args.y + row * C;
   each_vector<V>(C, [&](int64_t i, auto n) {
     const V scaled = (load(x + i, n) - mean) * rstd * load(args.weight + i, n);
     store(y + i, args.bias == nullptr ? scaled : scaled + load(args.bias + i, n), n);
@@ -90,6 +99,8 @@ WARPLOOM_INLINE void norm_bwd_row(const NormBackward<T>& args, int64_t row, Scal
 
   V along_one = {}, along_x = {};  // the parts of dx_hat that y ignores: they carry no gradient
   each_vector<V>(C, [&](int64_t i, auto n) {
+    prefetch_ahead(x + i);
+    prefetch_ahead(dy + i);
     const V x_hat = (load(x + i, n) - mean) * rstd, dy_i = load(dy + i, n);
     const V dx_hat = dy_i * load(args.weight + i, n);
     along_x = fma(dx_hat, x_hat, along_x);
@@ -105,6 +116,8 @@ WARPLOOM_INLINE void norm_bwd_row(const NormBackward<T>& args, int64_t row, Scal
   T* dx = args.dx + row * C;
   const T* dstream = args.dstream == nullptr ? nullptr : args.dstream + row * C;
   each_vector<V>(C, [&](int64_t i, auto n) {
+    prefetch_ahead(dx + i);
+    if (dstream != nullptr) prefetch_ahead(dstream + i);
     const V x_hat = (load(x + i, n) - mean) * rstd;
     const V dx_hat = load(dy + i, n) * load(args.weight + i, n);
     const V dx_i = rstd * (dx_hat - along_one - x_hat * along_x);

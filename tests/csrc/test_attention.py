@@ -50,11 +50,32 @@ def inputs(B, H, H_kv, T, S, D, dtype):
     )
 
 
-def run(q, k, v, do, *, bias=None, cu_seqlens=None, key_lengths=None, causal=False, softmax_scale=None):
+def run(
+    q,
+    k,
+    v,
+    do,
+    *,
+    bias=None,
+    cu_seqlens=None,
+    cu_seqlens_k=None,
+    key_lengths=None,
+    causal=False,
+    window=None,
+    softmax_scale=None,
+    need_dbias=None,
+):
     """o, dq, dk, dv, dbias of the kernel."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    o, lse = CPU.attention_fwd(q, k, v, bias, cu_seqlens, key_lengths, causal, scale)
-    return o, *CPU.attention_bwd(do, q, k, v, o, lse, bias, cu_seqlens, key_lengths, causal, scale)
+    masks = (bias, cu_seqlens, cu_seqlens_k, key_lengths, causal, window, scale)
+    o, lse = CPU.attention_fwd(q, k, v, *masks)
+    need_dbias = bias is not None if need_dbias is None else need_dbias
+    return o, *CPU.attention_bwd(do, q, k, v, o, lse, *masks, need_dbias)
+
+
+def forward(q, k, v, *, key_lengths=None, causal=False, softmax_scale=1.0):
+    """o and lse of the kernel."""
+    return CPU.attention_fwd(q, k, v, None, None, None, key_lengths, causal, None, softmax_scale)
 
 
 def differentiate(function, q, k, v, do, bias):
@@ -66,7 +87,7 @@ def differentiate(function, q, k, v, do, bias):
 
 def assert_rounds_like_torch(q, k, v, do, *, bias=None, softmax_scale=None, **masks):
     """Against float64: at most twice the error of torch's own attention in the same dtype, plus three roundings: of the
-    result; of the exponents, scores less a log-sum-exp that was rounded when it was saved; and of the two sums over D
+    result; of the exponents, scores less a log-sum-exp, each rounded before; and of the two sums over D
     in dp - delta, of which little may be left."""
 
     def exact(q, k, v, bias=None):
@@ -77,9 +98,14 @@ def assert_rounds_like_torch(q, k, v, do, *, bias=None, softmax_scale=None, **ma
         visible = torch.ones(T, S, dtype=torch.bool)
         if masks.get("causal"):
             visible = visible.tril(S - T)
+        if masks.get("window") is not None:
+            visible = visible.triu(S - T - masks["window"] + 1).tril(S - T + masks["window"] - 1)
         if masks.get("key_lengths") is not None:
             visible = visible & (torch.arange(S) < masks["key_lengths"][:, None, None, None])
-        mask = torch.zeros(T, S, dtype=q.dtype) if bias is None else bias
+        if bias is None:
+            mask = torch.zeros(T, S, dtype=q.dtype)
+        else:
+            mask = bias if bias.dim() == 3 else bias[:, T - 1 + torch.arange(S) - torch.arange(T)[:, None]]
         mask = mask.masked_fill(~visible, float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=True)
 
@@ -89,7 +115,8 @@ def assert_rounds_like_torch(q, k, v, do, *, bias=None, softmax_scale=None, **ma
     u, of_sums = ROUNDING[q.dtype], min(ROUNDING[q.dtype], 2**-24)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else abs(softmax_scale)
     group, rows = q.shape[1] // k.shape[1], max(q.shape[2], k.shape[2])
-    exponent = (scale * wide[0] @ wide[1].mT.repeat_interleave(group, 1)).abs().max()
+    scores = scale * wide[0] @ wide[1].mT.repeat_interleave(group, 1)
+    exponent = scores.abs().max() + scores.logsumexp(-1).abs().max()
     spread = differentiate(exact, *wide[:2], *(tensor.abs() for tensor in wide[2:4]), wide[4])  # p |v|, ..., p^T |do|
     dp = (wide[3].abs() @ wide[2].abs().mT.repeat_interleave(group, 1)).max()
     cancelled = of_sums * dp * scale * max(q.abs().max(), k.abs().max()) * rows**0.5
@@ -133,6 +160,66 @@ def test_bias(causal, bias_heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias_heads", [1, 4])
+@pytest.mark.parametrize(("T", "S", "causal"), [(90, 130, True), (130, 90, False), (1, 70, False)])
+def test_bias_by_distance(T, S, causal, bias_heads, dtype):
+    bias = draw(1, 1, bias_heads, T + S - 1, dtype=dtype, seed=4)[0, 0].contiguous()
+    assert_rounds_like_torch(*inputs(2, 4, 2, T, S, 40, dtype), bias=bias, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_distance", [False, True])
+def test_bias_of_one_long_head(by_distance, dtype):
+    """Split by query rows, all of which have a part in every sum of a bias by distance."""
+    bias = draw(1, 1, 600, 1199 if by_distance else 600, dtype=dtype, seed=4)[0].contiguous()
+    bias = bias[:, 0] if by_distance else bias
+    assert_rounds_like_torch(*inputs(1, 1, 1, 600, 600, 16, dtype), bias=bias, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_distance", [False, True])
+def test_a_bias_without_gradient_changes_no_other(by_distance, dtype):
+    q, k, v, do = inputs(2, 4, 2, 70, 90, 40, dtype)
+    bias = draw(1, 4, 70, 90, dtype=dtype, seed=4)[0].contiguous()
+    bias = draw(1, 1, 4, 159, dtype=dtype, seed=4)[0, 0].contiguous() if by_distance else bias
+    all_of_them = run(q, k, v, do, bias=bias, causal=True)
+    without = run(q, k, v, do, bias=bias, causal=True, need_dbias=False)
+    assert without[4].shape == (0,)
+    assert all(torch.equal(a, b) for a, b in zip(all_of_them[:4], without[:4], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("T", "S", "window"), [(150, 150, 1), (150, 200, 33), (200, 200, 70), (1, 150, 20)])
+def test_windows(T, S, window, causal, dtype):
+    assert_rounds_like_torch(*inputs(1, 2, 1, T, S, 40, dtype), causal=causal, window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_windows_never_read_what_they_hide(dtype):
+    """NaN there reaches nothing: blocks of keys before the first window and after the last are not computed."""
+    q, k, v, do = inputs(1, 2, 1, 60, 700, 32, dtype)
+    expected = run(q, k[:, :, 512:], v[:, :, 512:], do, causal=True, window=64)
+    k[:, :, :512] = v[:, :, :512] = float("nan")
+    o, dq, dk, dv, _ = run(q, k, v, do, causal=True, window=64)
+    for result, other in (
+        (o, expected[0]),
+        (dq, expected[1]),
+        (dk[:, :, 512:], expected[2]),
+        (dv[:, :, 512:], expected[3]),
+    ):
+        torch.testing.assert_close(result, other)
+    assert not dk[:, :, :512].any() and not dv[:, :, :512].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "H_kv", "T"), [(4, 4, 1), (4, 1, 1), (2, 2, 3)])
+def test_few_rows_of_queries(H, H_kv, T, dtype):
+    """Decoding: up to some number of rows, keys and values are read where they are."""
+    assert_rounds_like_torch(*inputs(2, H, H_kv, T, 301, 72, dtype), key_lengths=torch.tensor([301, 200]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softmax_scale", [-0.3, 0.0, 1.5])
 def test_softmax_scales(softmax_scale, dtype):
     assert_rounds_like_torch(*inputs(1, 2, 2, 70, 70, 32, dtype), causal=True, softmax_scale=softmax_scale)
@@ -152,7 +239,7 @@ def test_float32_bias_with_a_narrower_dtype(dtype):
 def test_lse_is_the_natural_logarithm_of_the_sum():
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-5), (torch.float64, 1e-13)):
         q, k, v, _ = inputs(2, 4, 2, 100, 130, 64, dtype)
-        _, lse = CPU.attention_fwd(q, k, v, None, None, None, False, 0.125)
+        _, lse = forward(q, k, v, softmax_scale=0.125)
         assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         scores = 0.125 * q.double() @ k.double().repeat_interleave(2, 1).mT
         torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=tolerance)
@@ -167,6 +254,35 @@ def test_documents_are_computed_as_if_alone(causal, dtype):
     for start, end in zip(offsets, offsets[1:], strict=False):
         alone = run(*(tensor[:, :, start:end] for tensor in (q, k, v, do)), causal=causal)
         assert all(torch.equal(a[:, :, start:end], b) for a, b in zip(packed[:4], alone[:4], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_documents_with_keys_of_other_lengths(causal, dtype):
+    queries, keys = [0, 40, 41, 41, 150], [0, 3, 100, 130, 170]
+    q, k, v, do = inputs(1, 4, 2, 150, 170, 40, dtype)
+    offsets = [torch.tensor(ends, dtype=torch.int32) for ends in (queries, keys)]
+    options = {"causal": causal, "window": 60}
+    packed = run(q, k, v, do, cu_seqlens=offsets[0], cu_seqlens_k=offsets[1], **options)
+    for a, b, c, d in zip(queries, queries[1:], keys, keys[1:], strict=False):
+        alone = run(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], do[:, :, a:b], **options)
+        for result, other, ends in zip(packed[:4], alone[:4], ((a, b), (a, b), (c, d), (c, d)), strict=True):
+            assert torch.equal(result[:, :, slice(*ends)], other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_documents_share_a_bias_by_distance(dtype):
+    offsets = [0, 70, 73, 200]
+    q, k, v, do = inputs(1, 2, 2, 200, 200, 16, dtype)
+    bias = draw(1, 1, 2, 2 * 130 - 1, dtype=torch.float32, seed=4)[0, 0].contiguous()
+    packed = run(q, k, v, do, bias=bias, cu_seqlens=torch.tensor(offsets, dtype=torch.int32), causal=True)
+    dbias = torch.zeros_like(bias)
+    for start, end in zip(offsets, offsets[1:], strict=False):
+        middle = slice(130 - (end - start), 130 + (end - start) - 1)
+        alone = run(*(tensor[:, :, start:end] for tensor in (q, k, v, do)), bias=bias[:, middle], causal=True)
+        assert all(torch.equal(a[:, :, start:end], b) for a, b in zip(packed[:4], alone[:4], strict=True))
+        dbias[:, middle] += alone[4]
+    torch.testing.assert_close(packed[4], dbias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,7 +304,7 @@ def test_rows_that_see_nothing(dtype):
     q, k, v, do = inputs(1, 2, 1, 150, 20, 32, dtype)
     blind = 150 - 20
     o, dq, dk, dv, _ = run(q, k, v, do, causal=True)
-    _, lse = CPU.attention_fwd(q, k, v, None, None, None, True, 32**-0.5)
+    _, lse = forward(q, k, v, causal=True, softmax_scale=32**-0.5)
     assert (lse[:, :, :blind] == float("-inf")).all()
     assert lse[:, :, blind:].isfinite().all()
     assert not o[:, :, :blind].any()
@@ -201,11 +317,21 @@ def test_rows_that_see_nothing(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("B", "H", "H_kv", "T", "with_bias"), [(4, 6, 3, 150, False), (1, 3, 1, 300, False), (2, 4, 2, 150, True)]
+    ("B", "H", "H_kv", "T", "bias_shape"),
+    [
+        (4, 6, 3, 150, None),
+        (1, 3, 1, 300, None),
+        (2, 4, 2, 150, (4, 150, 150)),
+        (3, 2, 1, 150, (1, 150, 150)),
+        (2, 1, 1, 600, (1, 600, 600)),
+        (2, 4, 2, 150, (4, 299)),
+        (1, 1, 1, 600, (1, 1199)),
+    ],
 )
-def test_bitwise_equal_over_repeats_and_threads(B, H, H_kv, T, with_bias, dtype):
+def test_bitwise_equal_over_repeats_and_threads(B, H, H_kv, T, bias_shape, dtype):
     q, k, v, do = inputs(B, H, H_kv, T, T, 40, dtype)
-    bias = draw(1, H, T, T, dtype=dtype, seed=4)[0].contiguous() if with_bias else None
+    generator = torch.Generator().manual_seed(4)
+    bias = None if bias_shape is None else torch.randn(bias_shape, generator=generator).to(dtype)
     alone = run(q, k, v, do, bias=bias, causal=True)
     torch.set_num_threads(2)
     for _ in range(5):
@@ -224,10 +350,11 @@ def poisoned_outputs():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_outputs_are_written_whole_and_scratch_is_not_trusted(with_bias, dtype, poisoned_outputs):
+@pytest.mark.parametrize("bias_shape", [None, (2, 70, 90), (2, 159)])
+def test_outputs_are_written_whole_and_scratch_is_not_trusted(bias_shape, dtype, poisoned_outputs):
     q, k, v, do = inputs(2, 2, 1, 70, 90, 40, dtype)
-    bias = draw(1, 2, 70, 90, dtype=dtype, seed=4)[0].contiguous() if with_bias else None
+    generator = torch.Generator().manual_seed(4)
+    bias = None if bias_shape is None else torch.randn(bias_shape, generator=generator).to(dtype)
     masks = {"key_lengths": torch.tensor([90, 0]), "causal": True, "bias": bias}
     clean = run(q, k, v, do, **masks)
     assert all(tensor.isfinite().all() for tensor in clean)
@@ -235,6 +362,16 @@ def test_outputs_are_written_whole_and_scratch_is_not_trusted(with_bias, dtype, 
     assert run(*nans)[0].isnan().all()  # and so is the scratch memory now
     again = run(q, k, v, do, **masks)
     assert all(torch.equal(a, b) for a, b in zip(clean, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_rise_far_above_the_first_ones(dtype):
+    """What is subtracted from a row's scores comes from its first keys, until later ones exceed it by much."""
+    q, k, v, do = inputs(1, 2, 2, 40, 700, 16, dtype)
+    k = (k * torch.linspace(0.1, 60, 700)[:, None]).to(dtype)
+    assert_rounds_like_torch(q, k, v, do, causal=True)
+    assert_rounds_like_torch(q, k.flip(2), v, do, causal=True)
+    assert_rounds_like_torch(q[:, :, :1], k, v, do[:, :, :1])
 
 
 def test_layouts():
@@ -263,24 +400,37 @@ def test_nan_and_infinity_reach_their_rows_only():
 
 def test_direct_calls_cannot_read_out_of_bounds():
     q, k, v, do = inputs(2, 4, 2, 8, 9, 16, torch.float32)
-    for wrong, argument in (
-        (lambda: CPU.attention_fwd(q, k[:, :, :, :8], v, None, None, None, False, 1.0), "k must be"),
-        (lambda: CPU.attention_fwd(q, k, v[:, :, :5], None, None, None, False, 1.0), "v must be"),
-        (lambda: CPU.attention_fwd(q, k, v, None, None, torch.tensor([9, 10]), False, 1.0), "key_lengths must be"),
-        (lambda: CPU.attention_fwd(q, k, v, q.new_zeros(4, 7, 9), None, None, False, 1.0), "bias must cover"),
+    ends = {n: torch.tensor([0, n], dtype=torch.int32) for n in (8, 9)}
+    one = q[:1], k[:1], v[:1]
+    for operands, masks, match in (
+        ((q, k[:, :, :, :8], v), {}, "k must be"),
+        ((q, k, v[:, :, :5]), {}, "v must be"),
+        ((q, k, v), {"key_lengths": torch.tensor([9, 10])}, "key_lengths must be"),
+        ((q, k, v), {"bias": q.new_zeros(4, 7, 9)}, "bias must cover"),
+        ((q, k, v), {"bias": q.new_zeros(4, 15)}, "bias must cover"),
+        ((q, k, v), {"bias": q.new_zeros(4)}, "bias must be"),
+        ((q, k, v), {"window": 0}, "window must be"),
+        ((q, k, v), {"cu_seqlens_k": ends[9]}, "cu_seqlens_k needs"),
+        (one, {"cu_seqlens": ends[9]}, "cu_seqlens must rise"),
+        (one, {"cu_seqlens": ends[8]}, "cu_seqlens must rise"),
+        (one, {"cu_seqlens": ends[8], "cu_seqlens_k": ends[8]}, "cu_seqlens_k must rise"),
         (
-            lambda: CPU.attention_fwd(
-                q[:1], q[:1], q[:1], None, torch.tensor([0, 9], dtype=torch.int32), None, False, 1.0
-            ),
-            "cu_seqlens must rise",
+            one,
+            {"cu_seqlens": ends[8], "cu_seqlens_k": torch.tensor([0, 1, 9], dtype=torch.int32)},
+            "cu_seqlens_k must have 2",
         ),
         (
-            lambda: CPU.attention_bwd(do, q, k, v, q, q.new_zeros(2, 4, 7), None, None, None, False, 1.0),
-            "lse must be",
+            one,
+            {"cu_seqlens": ends[8], "cu_seqlens_k": ends[9], "bias": q.new_zeros(4, 15)},
+            "bias must cover",
         ),
     ):
-        with pytest.raises(ValueError, match=argument):
-            wrong()
+        with pytest.raises(ValueError, match=match):
+            run(*operands, do, **masks)
+    with pytest.raises(ValueError, match="lse must be"):
+        CPU.attention_bwd(do, q, k, v, q, q.new_zeros(2, 4, 7), None, None, None, None, False, None, 1.0, False)
+    with pytest.raises(ValueError, match="need_dbias must be"):
+        run(q, k, v, do, need_dbias=True)
 
 
 def test_level_in_use():
@@ -293,7 +443,7 @@ def test_every_level(level):
     """The level is chosen once per process, so the tests of what differs run again in one with that level forced."""
     if "WARPLOOM_CPU_LEVEL" in os.environ:
         pytest.skip("already inside a process with a forced level")
-    chosen = "level_in_use or head_widths or test_bias or repeats"
+    chosen = "level_in_use or head_widths or test_bias or windows or few_rows or rise_far"
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     environment = {**os.environ, "WARPLOOM_CPU_LEVEL": level}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -44,6 +44,7 @@ def test_every_kernel_is_right_at(level):
         "rms_norm",
         "linear",
         "linear_qkv",
+        "cross_entropy",
         "linear_cross_entropy",
         "adamw",
         "grad_norm",
@@ -139,6 +140,7 @@ def big_inputs(dtype: torch.dtype) -> dict[str, list[torch.Tensor | float | None
         "rms_norm_bwd": [dy, x, x, weight, rstd],
         "linear_fwd": [x, matrix, draw(F), None, "relu", False],
         "linear_bwd": [draw(N, F), x, matrix, None, y, "relu", True, True, True],
+        "cross_entropy_fwd": [draw(N, F), targets, -100, True, True],
         "linear_cross_entropy_fwd": [x, matrix, targets, -100, False, False],
         "linear_cross_entropy_bwd": [torch.ones(()), x, matrix, targets, lse, -100, True, True],
     }

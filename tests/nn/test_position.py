@@ -44,8 +44,14 @@ def test_alibi_slopes():
     assert slopes(1) == [2.0**-8]
 
 
+def by_pair(bias, T):
+    """(H, T + S - 1), a number for each distance, as (H, T, S)."""
+    S = bias.shape[1] - T + 1
+    return torch.stack([bias[:, T - 1 - i : T - 1 - i + S] for i in range(T)], 1)
+
+
 def test_alibi_bias_falls_with_distance():
-    bias = AlibiPosition(2).bias(torch.tensor([3, 4]), 5)
+    bias = by_pair(AlibiPosition(2).bias(torch.tensor([3, 4]), 5), 2)
     distances = torch.tensor([[3, 2, 1, 0, 1], [4, 3, 2, 1, 0]])
     assert torch.equal(bias, torch.stack([-(2.0**-4) * distances, -(2.0**-8) * distances]))
 
@@ -73,16 +79,16 @@ def test_t5_buckets(bidirectional):
 
 def test_t5_bias_reads_the_table_by_head_and_trains_it():
     position = BucketPosition(3, bidirectional=False)
-    bias = position.bias(torch.tensor([2, 5]), 6)
-    assert bias.shape == (3, 2, 6)
-    assert torch.equal(bias[:, 0, 0], position.table.weight[2])
-    assert torch.equal(bias[:, 1, 1], position.table.weight[4])
+    bias = position.bias(torch.tensor([4, 5]), 6)
+    assert bias.shape == (3, 7)
+    assert torch.equal(by_pair(bias, 2)[:, 0, 2], position.table.weight[2])
+    assert torch.equal(by_pair(bias, 2)[:, 1, 1], position.table.weight[4])
     bias.sum().backward()
-    assert position.table.weight.grad[0].tolist() == [5.0] * 3  # 1 + 1 keys at distance 0, 3 after the first query
+    assert position.table.weight.grad[0].tolist() == [2.0] * 3  # distance 0, and one after the query
 
 
 @pytest.mark.parametrize("position", [AlibiPosition(3), BucketPosition(3, True), BucketPosition(3, False)])
 def test_biases_may_differ_by_row(position):
     positions = torch.tensor([[0, 1], [6, 7]])
-    rows = [position.bias(positions[b], 9) for b in range(2)]
+    rows = [by_pair(position.bias(positions[b], 9), 2) for b in range(2)]
     assert torch.equal(position.bias(positions, 9), torch.stack(rows))

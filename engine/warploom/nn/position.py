@@ -31,8 +31,9 @@ class NoPosition(nn.Module):
         return x
 
     def bias(self, positions: Tensor, num_keys: int) -> Tensor | None:
-        """Return what is added to the attention logits of the queries at positions (T,) or (B, T) for the keys at
-        0, 1, ..., num_keys - 1: (H, T, num_keys) or (B, H, T, num_keys) in float32, or None."""
+        """Return what is added to the attention logits of the queries at positions (T,) or (B, T), consecutive, for
+        the keys at 0, 1, ..., num_keys - 1, in float32, or None. For (T,) it is the bias by distance of ops.attention,
+        (H, T + num_keys - 1); for (B, T) each row has its own distances, and it is (B, H, T, num_keys)."""
         return None
 
 
@@ -96,7 +97,8 @@ class AlibiPosition(NoPosition):
 
     def bias(self, positions: Tensor, num_keys: int) -> Tensor:
         distance = _relative_position(positions, num_keys).abs()
-        return -self.slopes(positions.device)[:, None, None] * distance.unsqueeze(-3)
+        slopes = self.slopes(positions.device)
+        return -slopes.view(-1, *(1,) * positions.dim()) * distance.unsqueeze(-1 - positions.dim())
 
 
 class BucketPosition(NoPosition):
@@ -114,7 +116,8 @@ class BucketPosition(NoPosition):
         self.table = nn.Embedding(num_buckets, num_heads)
 
     def bias(self, positions: Tensor, num_keys: int) -> Tensor:
-        return self.table(self._bucket(_relative_position(positions, num_keys))).movedim(-1, -3).float()
+        biases = self.table(self._bucket(_relative_position(positions, num_keys)))
+        return biases.movedim(-1, -1 - positions.dim()).float()
 
     def _bucket(self, relative: Tensor) -> Tensor:
         num_buckets = self.table.num_embeddings
@@ -132,5 +135,9 @@ class BucketPosition(NoPosition):
 
 
 def _relative_position(positions: Tensor, num_keys: int) -> Tensor:
-    """Key position - query position, (..., T, num_keys)."""
-    return torch.arange(num_keys, device=positions.device) - positions[..., None]
+    """Key position - query position: for positions (B, T) of each pair, (B, T, num_keys); for (T,), which are
+    consecutive, of each distance between a query and a key, (T + num_keys - 1,)."""
+    if positions.dim() == 2:
+        return torch.arange(num_keys, device=positions.device) - positions[..., None]
+    T = positions.shape[0]
+    return torch.arange(1 - T, num_keys, device=positions.device) - positions[0]
