@@ -21,6 +21,7 @@ import gc, json, sys, threading
 import psutil, torch
 from warploom.models.config import TransformerConfig
 from warploom.models.transformer import Transformer
+from warploom.nn.linear import keep_packed
 from warploom.optim import OptimizerConfig, build_optimizers
 
 def train(model, dtype, batch, seq_len, optimizer, checkpointing):
@@ -28,7 +29,8 @@ def train(model, dtype, batch, seq_len, optimizer, checkpointing):
     model = Transformer(config)
     model.compute_dtype = getattr(torch, dtype)
     model.gradient_checkpointing = checkpointing
-    optimizers = build_optimizers(model, OptimizerConfig(name=optimizer), muon_dtype=model.compute_dtype)
+    packed = keep_packed(model)  # as the trainer does
+    optimizers = build_optimizers(model, OptimizerConfig(name=optimizer), muon_dtype=model.compute_dtype, packed=packed)
     tokens = torch.randint(config.vocab_size, (batch, seq_len))
     for _ in range(2):
         model.loss(tokens, tokens).backward()

@@ -30,7 +30,7 @@ class Estimate:
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int  # kept for the backward pass, at its beginning
-    logits_bytes: int  # one chunk of logits, and the gradients that linear_cross_entropy makes beside it
+    logits_bytes: int  # the logits held at once, and the gradients that linear_cross_entropy makes beside them
 
     @property
     def total_bytes(self) -> int:
@@ -65,20 +65,23 @@ def estimate(
     stacks = [(config.num_layers, config.architecture == "encoder-decoder")]
     if config.architecture == "encoder-decoder":
         stacks.append((config.encoder_layers, False))
+    logits = _loss_bytes(config, rows, dtype)
+    # Gradients that flow through one block of the backward pass: of the wide layer and of its input.
+    flowing = rows * (2 * config.ff_width + 2 * config.d_model) * width
     activations = 0
+    inner = 0  # the largest block's
     for layers, has_cross in stacks:
         block = rows * _block_bytes_per_token(config, width, has_cross)
         stream = rows * config.d_model * width
         # Recomputation keeps each block's inputs, and one block's inner tensors at a time.
-        activations += layers * 2 * stream + block if grad_checkpointing else layers * block
+        activations += layers * (2 * stream if grad_checkpointing else block)
         activations += 3 * stream  # embedding output, last residual sum, final norm
-    # Gradients that flow through one block of the backward pass: of the wide layer and of its input.
-    activations += rows * (2 * config.ff_width + 2 * config.d_model) * width
+        inner = max(inner, block)
+    # Recomputed inner tensors come when those of the loss are gone; without recomputation both are there.
+    activations += max(inner + flowing - logits, 0) if grad_checkpointing else flowing
     if dtype != torch.float32:
-        activations += matrices * width  # each linear keeps its weight, cast to dtype
+        activations += 2 * matrices * width  # kept packed, for the forward and for the backward
 
-    logits = min(CHUNK_ELEMENTS, rows * config.vocab_size) * (4 if dtype == torch.float32 else 4 + width)
-    logits += rows * config.d_model * width + config.vocab_size * config.d_model * _MASTER_BYTES
     moments = 2 * num_parameters - (matrices if optimizer.name == "muon" else 0)
     return Estimate(
         num_parameters=num_parameters,
@@ -89,6 +92,15 @@ def estimate(
         activations_bytes=activations,
         logits_bytes=logits,
     )
+
+
+def _loss_bytes(config: TransformerConfig, rows: int, dtype: torch.dtype) -> int:
+    """Bytes that linear_cross_entropy takes for `rows` tokens: logits, the gradients of its input and of its weight."""
+    gradients = rows * config.d_model * dtype.itemsize + config.vocab_size * config.d_model * _MASTER_BYTES
+    if dtype == torch.float32:
+        return min(CHUNK_ELEMENTS, rows * config.vocab_size) * dtype.itemsize + gradients
+    words = min(config.vocab_size, max(512, min(2048, CHUNK_ELEMENTS // rows)))
+    return rows * words * dtype.itemsize + rows * config.d_model * _MASTER_BYTES + gradients
 
 
 def _block_bytes_per_token(config: TransformerConfig, width: int, has_cross: bool) -> int:
