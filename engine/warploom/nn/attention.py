@@ -46,7 +46,7 @@ class AttentionContext:
     positions: Tensor  # (T,) or, where rows differ, (B, T) int64
     rotate: Callable[[Tensor, Tensor], Tensor]  # (B, H, T, D), positions -> (B, H, T, D)
     causal: bool
-    bias: Tensor | None = None  # (1 or H, T, S), or (B, H, T, S) where positions differ by row
+    bias: Tensor | None = None  # as ops.attention has it, or (B, H, T, S) where positions differ by row
     cu_seqlens: Tensor | None = None  # (number of documents + 1,) int32
     key_lengths: Tensor | None = None  # (B,) integers
     cache: AttentionCache | None = None

@@ -333,8 +333,8 @@ def _reference_bwd(do, q, k, v, o, lse, bias, cu_seqlens, cu_seqlens_k, key_leng
         # Kernels take this sum as do . o, which needs no second pass over the keys but carries the rounding of o.
         delta = (p * dp).sum(-1, keepdim=True)  # (B, H, T, 1)
         ds = dp.sub_(delta).mul_(p)
-        if need_dbias and of_document is not None:
-            of_bias = ds.sum(0).sum_to_size(of_document.shape)
+        if need_dbias:
+            of_bias = ds.sum(0).sum_to_size(bias.shape[0], *ds.shape[2:])
             if bias.dim() == 3:
                 wide_dbias[index] += of_bias
             else:
