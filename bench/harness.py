@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,8 +59,9 @@ def interleave(
     min_rounds: int = 5,
     device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Time every subject once a round, in an order that turns by one each round, until the budget is spent.
+    """Time every subject once a round, in an order drawn anew each round, until the budget is spent.
 
+    A fixed order would be unfair: the subject that always runs after a large copy always finds the caches empty.
     Each subject first runs for warmup_s, at least twice: the first call compiles, allocates and fills caches. budget_s
     covers all rounds together; min_rounds are run whatever they cost.
     """
@@ -67,6 +69,7 @@ def interleave(
     repeats = {name: _warm_up(call, warmup_s, synchronize) for name, call in subjects.items()}
     samples: dict[str, list[float]] = {name: [] for name in subjects}
     names = list(subjects)
+    shuffle = random.Random(0).shuffle
     # A collection during a sample would charge one subject for all subjects' garbage.
     gc.collect()
     gc.disable()
@@ -74,8 +77,8 @@ def interleave(
         started = time.perf_counter()
         rounds = 0
         while rounds < min_rounds or time.perf_counter() - started < budget_s:
-            first = rounds % len(names)
-            for name in names[first:] + names[:first]:
+            shuffle(names)
+            for name in names:
                 samples[name].append(_time(subjects[name], repeats[name], synchronize))
             rounds += 1
     finally:

@@ -31,6 +31,7 @@ from warploom.errors import UserError, nearest
 from warploom.ops import REGISTRY, Op
 from warploom.ops._accuracy import Trial, as_tuple
 from warploom.ops._op import BenchCase
+from warploom.train.allocator import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -134,6 +135,7 @@ def main(arguments: Arguments) -> None:
     for name, known in [(op, REGISTRY) for op in arguments.op] + [(dtype, DTYPES) for dtype in arguments.dtype]:
         if name not in known:
             raise UserError(f"there is nothing called {name!r} to bench{nearest(name, known)}")
+    keep_freed_memory()  # for both sides, as in training: a page fault costs more than many a small op
     print_fingerprint()
     budget_s = arguments.budget_s / (10 if arguments.quick else 1)
     records = []

@@ -158,6 +158,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         *,
+        embedded: Tensor | None = None,
         source: Tensor | None = None,
         source_lengths: Tensor | None = None,
         memory: Tensor | None = None,
@@ -168,7 +169,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the hidden states after the final norm, (B, T, C) in compute_dtype.
 
-        tokens: (B, T) int64. positions: (T,) or (B, T) int64, consecutive within a document; 0, 1, ... if None.
+        tokens: (B, T) int64. embedded: embedding(tokens), (B, T, C), if the caller has it already. positions: (T,) or (B, T) int64, consecutive within a document; 0, 1, ... if None.
         lengths: (B,) integers, tokens per row; an encoder hides the padding behind them, a decoder does so by being
         causal. What is returned at padding means nothing.
         cu_seqlens: (number of documents + 1,) int32 offsets into the B * T tokens read row after row: documents that
@@ -197,10 +198,12 @@ class Transformer(nn.Module):
         shape = tokens.shape
         if positions is None:
             positions = torch.arange(shape[1], device=tokens.device)
+        if embedded is None:
+            embedded = self.embedding(tokens)
         if cu_seqlens is not None:
-            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
+            embedded, positions = embedded.reshape(1, -1, embedded.shape[-1]), positions.reshape(1, -1)
         hidden = self.stack(
-            self.embedding(tokens),
+            embedded,
             dtype=self.compute_dtype,
             positions=positions,
             window=shape[1],
@@ -244,8 +247,11 @@ class Transformer(nn.Module):
 
         arguments: those of forward. The logits of the whole batch are never held at once.
         """
-        hidden = self(tokens, **arguments)
-        return linear_cross_entropy(hidden, self.output_weight, targets, reduction=reduction)
+        embedded, output_weight = None, self.output_weight
+        if self.lm_head is None:
+            embedded, output_weight = self.embedding.with_weight(tokens)
+        hidden = self(tokens, embedded=embedded, **arguments)
+        return linear_cross_entropy(hidden, output_weight, targets, reduction=reduction)
 
     def num_parameters(self) -> int:
         """Return the number of parameters; a weight that is used twice counts once."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,5 +19,40 @@ class Embedding(nn.Embedding):
         self.scale = scale
 
     def forward(self, tokens: Tensor) -> Tensor:
-        embedded = super().forward(tokens)
+        return self._scaled(super().forward(tokens))
+
+    def with_weight(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return forward(tokens) and the weight, for an output layer that shares it and its gradient's memory.
+
+        The weight must be used once, by an op whose gradient of it is a tensor of its own: the embedding's gradient is
+        added into that one, where autograd would make a second of (num_embeddings, embedding_dim) to add.
+        """
+        weight = self.weight
+        # Atomic additions, as a GPU makes them, would not give the same bits twice.
+        if weight.device.type != "cpu" or torch.compiler.is_compiling():
+            return self(tokens), weight
+        embedded, weight = _EmbeddingAndWeight.apply(weight, tokens)
+        return self._scaled(embedded), weight
+
+    def _scaled(self, embedded: Tensor) -> Tensor:
         return embedded if self.scale == 1.0 else embedded * self.scale
+
+
+class _EmbeddingAndWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tokens)
+        ctx.set_materialize_grads(False)
+        ctx.num_embeddings = weight.shape[0]
+        return F.embedding(tokens, weight), weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_embedded: Tensor | None, d_weight: Tensor | None) -> tuple[Tensor | None, None]:
+        (tokens,) = ctx.saved_tensors
+        if d_embedded is not None:
+            rows = d_embedded.reshape(-1, d_embedded.shape[-1])
+            if d_weight is None:
+                d_weight = rows.new_zeros(ctx.num_embeddings, rows.shape[-1])
+            d_weight.index_add_(0, tokens.reshape(-1), rows)
+        return d_weight, None
