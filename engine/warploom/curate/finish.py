@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from warploom.curate.decontaminate import Decontaminate
 from warploom.curate.mix import MixOrder, budgets, cluster_repeats, order
 from warploom.curate.pipeline import Pipeline
 from warploom.curate.report import write_report
@@ -168,6 +168,7 @@ def _manifest(
                 total = sides.setdefault(source, {}).setdefault(side, {"documents": 0, "bytes": 0})
                 for name, value in counts.items():
                     total[name] += value
+    funnel = _funnel(pipeline, cursors, decided)
     return {
         "format": "warploom-curated",
         "version": 1,
@@ -178,13 +179,26 @@ def _manifest(
         "input_bytes": sum(cursor["input_bytes"] for cursor in cursors),
         "problems": problems,
         "damaged_files": sorted(message for cursor in cursors for message in cursor["damaged"]),
-        "funnel": _funnel(pipeline, cursors, decided),
+        "funnel": funnel,
         "rules": decided["rules"],
         "sources": sides,
         "repeated_lines": decided["repeated_lines"],
+        "bias": decided["bias"],
+        "contamination": _contamination(pipeline, funnel),
         "split": decided["split"],
         "mix": mixed,
-        "pipeline": dataclasses.asdict(pipeline.heldout),
+    }
+
+
+def _contamination(pipeline: Pipeline, funnel: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """By benchmark: strings of its task files in the index, and documents that hold an n-gram of them."""
+    step = next((step for step in pipeline.steps if isinstance(step, Decontaminate)), None)
+    if step is None:
+        return {}
+    counts = next(entry["counts"] for entry in funnel if entry["step"] == step.name)
+    return {
+        name: {"strings": strings, "documents": counts.get(f"documents with {name}", 0)}
+        for name, strings in step.benchmarks().items()
     }
 
 

@@ -21,7 +21,12 @@ from warploom.curate.optional import optional
 from warploom.errors import UserError, nearest
 
 _NOT_HOSTS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "html", "htm", "php", "pdf")
-_PHONE_WORDS = re.compile(r"(?i)\b(?:phone|tel|telephone|call|fax|mobile|cell|whatsapp|dial|contact|number)\b")
+_PHONE_WORDS = re.compile(
+    r"(?i)\b(?:phones?|tel|telephone|calls?|called|calling|fax|mobile|cell|whatsapp|dial|ring|text|sms|messages?|"
+    r"answering|reach|desk|hotline)\b"
+)
+_PHONE_WORDS_AFTER = re.compile(r"(?i)[ \-(,\\]*(?:office|home|mobile|cell|fax|desk)\b")
+_CARD_WORDS = re.compile(r"(?i)\b(?:card|visa|mastercard|amex|cc)\b")
 
 # Alternatives are tried in this order where they begin at the same place.
 _PATTERNS = {
@@ -32,7 +37,7 @@ _PATTERNS = {
         r"|-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[A-Za-z0-9+/=\s]*(?:-----END [A-Z ]{0,20}PRIVATE KEY-----)?"
     ),
     "email": r"[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}\.)+[A-Za-z]{2,24}\b",
-    "iban": r"\b[A-Z]{2}[0-9]{2}(?:[ ]?[A-Z0-9]{4}){2,7}(?:[ ]?[A-Z0-9]{1,4})?\b",
+    "iban": r"\b[A-Za-z]{2}[0-9]{2}(?:[ ]?[A-Za-z0-9]{4}){2,7}(?:[ ]?[A-Za-z0-9]{1,4})?\b",
     "ip": (
         r"\b[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\b"
         r"|(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){1,7}|(?:[0-9A-Fa-f]{1,4}:){1,7}:"
@@ -147,7 +152,7 @@ _IBAN_LENGTHS = {
 
 
 def _iban(text: str, start: int, end: int) -> Found:
-    length = _IBAN_LENGTHS.get(text[start : start + 2])
+    length = _IBAN_LENGTHS.get(text[start : start + 2].upper())
     if length is None:
         return None
     # The pattern may have run on into the next word: the country tells where it ends.
@@ -165,49 +170,49 @@ def _number(text: str, start: int, end: int) -> Found:
     """What a run of digits and separators is: a card, a social-security or a telephone number, or nothing."""
     value = text[start:end]
     digits = re.sub(r"\D", "", value)
-    around = text[start - 1 : start] + text[end : end + 1]
-    if any(char in "_=#$%/\\@&?" or char.isalpha() for char in around):
+    before, after = text[start - 1 : start], text[end : end + 1]
+    if before and (before in "_=#$%/\\@&?" or before.isalpha()) or after and (after in "_=%/\\@&" or after.isalpha()):
         return None  # part of an address, an identifier, a price
-    if 12 <= len(digits) <= 19 and _is_card(digits) and value[0] not in "+(":
+    if value[0] not in "+(" and _is_card(digits, bool(_CARD_WORDS.search(text[max(0, start - 30) : start]))):
         return start, end, "card"
     if re.fullmatch(r"\d{3}[- ]\d{2}[- ]\d{4}", value):
         area, group, serial = re.split("[- ]", value)
         issued = area not in ("000", "666") and area < "900" and group != "00" and serial != "0000"
         return (start, end, "ssn") if issued else None
-    return (start, end, "phone") if _is_phone(value, digits, text, start, end) else None
+    announced = _PHONE_WORDS.search(text[max(0, start - 40) : start]) or _PHONE_WORDS_AFTER.match(text, end)
+    return (start, end, "phone") if _is_phone(value, bool(announced)) else None
 
 
-def _is_card(digits: str) -> bool:
-    """A known issuer's first digits and the Luhn check digit."""
-    if digits[0] not in "3456" or len(set(digits)) < 3:
+_CARD_ISSUERS = re.compile(r"3[0-9]|4|5[0-9]|6|1800|2131|2[2-7]")
+
+
+def _is_card(digits: str, announced: bool) -> bool:
+    """A known issuer's first digits, a length that cards have, and the Luhn check digit; a number that the text calls a
+    card's may have a mistyped digit."""
+    if not 12 <= len(digits) <= 19 or not _CARD_ISSUERS.match(digits) or len(set(digits)) < 3:
         return False
     doubled = [int(digit) * (2 if index % 2 else 1) for index, digit in enumerate(reversed(digits))]
-    return sum(value - 9 if value > 9 else value for value in doubled) % 10 == 0
+    return announced or sum(value - 9 if value > 9 else value for value in doubled) % 10 == 0
 
 
-def _is_phone(value: str, digits: str, text: str, start: int, end: int) -> bool:
+def _is_phone(value: str, announced: bool) -> bool:
+    """A number in a form that is written for telephones alone, or in a looser one where the text speaks of calling."""
     value = re.split(r"(?i)x|ext", value)[0].strip()
     digits = re.sub(r"\D", "", value)
+    groups = re.findall(r"\d+", value)
     if not 7 <= len(digits) <= 15 or len(set(digits)) < 3:
         return False
+    if re.fullmatch(r"(?:\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)\d\d|(?:19|20)\d\d[-./ ]\d{1,2}[-./ ]\d{1,2}.*)", value):
+        return False  # a date
+    if len(groups) >= 2 and all(re.fullmatch(r"(?:1[5-9]|20)\d\d", group) for group in groups):
+        return False  # years
     if value[0] == "+" or value.startswith("00"):
         return len(digits) >= 9
-    groups = re.findall(r"\d+", value)
-    if re.match(r"(?:19|20)\d\d[-./ ](?:0?[1-9]|1[0-2])[-./ ]", value) or re.search(r"[-./](?:19|20)\d\d$", value):
-        return False  # a date
-    if len(groups) >= 3 and all(re.fullmatch(r"(?:1[5-9]|20)\d\d", group) for group in groups):
-        return False  # years
-    announced = bool(_PHONE_WORDS.search(text[max(0, start - 40) : start]))
-    separators = set(re.findall(r"[ ./()\-]", value))
-    if len(groups) == 1:
-        return announced
-    if re.fullmatch(r"\(?\d{3}\)?[-. ]{1,2}\d{3}[-. ]\d{4}", value) or re.fullmatch(
-        r"1[-. ]\(?\d{3}\)?[-. ]{1,2}\d{3}[-. ]\d{4}", value
-    ):
-        return digits.lstrip("1")[:1] not in ("", "0")
-    if value[0] in "0(" and 9 <= len(digits) <= 12:
-        return len(separators) <= 3 and max(map(len, groups)) >= 3
-    return announced
+    if announced or re.fullmatch(r"(?:1[-. ])?\(?[2-9]\d\d\)?[-. ]{1,2}\d{3}[-. ]\d{4}", value):
+        return True
+    in_pairs = len(groups) == 5 and all(len(group) == 2 for group in groups)
+    grouped = len(groups) > 1 and (max(map(len, groups)) >= 3 or in_pairs)
+    return grouped and (value[0] == "(" or digits[0] == "0") and 9 <= len(digits) <= 12
 
 
 def _key(text: str, start: int, end: int) -> Found:

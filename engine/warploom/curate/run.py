@@ -39,6 +39,7 @@ from warploom.curate.cut import (
 from warploom.curate.dedup import ExactDedup, LineDedup, NearDedup, equal_groups
 from warploom.curate.encode import encode_task, learn_tokenizer
 from warploom.curate.finish import finish
+from warploom.curate.harmful import bias_table
 from warploom.curate.optional import optional
 from warploom.curate.pipeline import Pipeline, load_pipeline
 from warploom.curate.records import ENDINGS, HUGGING_FACE
@@ -235,6 +236,7 @@ def _decide(run: Run, index: int) -> None:
             minlength=len(run.pipeline.steps) + 1,
         ).tolist(),
         "repeated_lines": len(repeats),
+        "bias": bias_table(run.pipeline.steps, segments, kept),
     }
     write_json(run._done_file("decide", 0), result)
 

@@ -7,28 +7,44 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from warploom.curate.classifier import Classify
+from warploom.curate.clean import Confusables, Emoji, Punctuation, Unicode
+from warploom.curate.decontaminate import Decontaminate
 from warploom.curate.dedup import ExactDedup, LineDedup, NearDedup
 from warploom.curate.document import Document, Step
 from warploom.curate.extract import Extract
+from warploom.curate.harmful import Bias, Harmful
 from warploom.curate.language import Language
 from warploom.curate.quality import C4Lines, FineWeb, GopherQuality, RefinedWebLines
 from warploom.curate.redact import Redact
 from warploom.curate.repetition import GopherRepetition
+from warploom.curate.wording import Contractions, Misspelling, Spelling
 from warploom.errors import UserError, nearest
 
 STEPS: dict[str, type[Step]] = {
     step.NAME: step
     for step in (
         Extract,
+        Unicode,
+        Emoji,
+        Confusables,
+        Punctuation,
+        Contractions,
+        Spelling,
+        Misspelling,
         Language,
         GopherRepetition,
         GopherQuality,
         C4Lines,
         FineWeb,
         RefinedWebLines,
+        Harmful,
+        Bias,
+        Classify,
         ExactDedup,
         LineDedup,
         NearDedup,
+        Decontaminate,
         Redact,
     )
 }

@@ -41,6 +41,10 @@ class Words:
     def lengths(self) -> np.ndarray:
         return self.ends - self.starts
 
+    def rehash(self) -> np.ndarray:
+        """Hashes of these words from their places in codes: for words whose ends were moved."""
+        return _word_hashes(self.codes, self.starts, self.ends)
+
 
 def code_points(text: str) -> np.ndarray:
     """(len(text),) uint8 for ASCII text, uint32 otherwise."""
