@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from warploom.curate.words import Words, split_words
+
 
 @dataclass(slots=True)
 class Document:
@@ -36,6 +38,14 @@ class Document:
     edits: list[str] = field(default_factory=list)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     dropped: str | None = None
+    _words: tuple[str, Words] | None = None
+
+    @property
+    def words(self) -> Words:
+        """The words between white space, split once for all steps that look at the same text."""
+        if self._words is None or self._words[0] is not self.text:
+            self._words = (self.text, split_words(self.text, "space"))
+        return self._words[1]
 
 
 @dataclass(frozen=True)

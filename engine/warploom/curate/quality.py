@@ -6,6 +6,7 @@ elsewhere at the same numbers, so the splitter is part of the rule.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -57,13 +58,12 @@ class GopherQuality(Step):
 
     def apply(self, document: Document) -> None:
         text = document.text
-        words = split_words(text, "space")
+        words = document.words
         count = max(len(words), 1)
         lines = [line for line in map(str.strip, text.split("\n")) if line]
         letters = lookup(words.codes, is_alphabetic)
         # A running count of letters tells of each word whether it has one.
         before = np.concatenate([[0], np.cumsum(letters)])
-        lowered = set(text.lower().split()) if len(words) < 2000 else set(text[:20_000].lower().split())
         self.put(
             document,
             {
@@ -74,9 +74,25 @@ class GopherQuality(Step):
                 "bullet_lines": sum(line.startswith(_BULLETS) for line in lines) / max(len(lines), 1),
                 "ellipsis_lines": sum(line.endswith(("...", "\u2026")) for line in lines) / max(len(lines), 1),
                 "alphabetic": np.count_nonzero(before[words.ends] > before[words.starts]) / count,
-                "stop_words": sum(word in lowered for word in _STOP_WORDS),
+                "stop_words": _count_stop_words(words.hashes),
             },
         )
+
+
+@functools.cache
+def _stop_word_hashes() -> tuple[np.ndarray, np.ndarray]:
+    """Sorted hashes of the stop words, in lower case, with a capital and in capitals; and the number of each's word."""
+    forms = [form for word in _STOP_WORDS for form in (word, word.capitalize(), word.upper())]
+    hashes = split_words(" ".join(forms), "space").hashes
+    order = np.argsort(hashes)
+    return hashes[order], order // 3
+
+
+def _count_stop_words(hashes: np.ndarray) -> int:
+    """How many different stop words are among the words."""
+    known, numbers = _stop_word_hashes()
+    places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+    return int(np.count_nonzero(np.bincount(numbers[places[known[places] == hashes]], minlength=1)))
 
 
 @dataclass(kw_only=True)

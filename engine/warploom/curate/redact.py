@@ -122,6 +122,9 @@ def _email(text: str, start: int, end: int) -> Found:
 
 
 def _ip(text: str, start: int, end: int) -> Found:
+    longer = re.compile(r"[0-9]{2}(?:\.[0-9]{2}){4}(?![.0-9])").match(text, start)
+    if longer:
+        return _number(text, start, longer.end())
     if text[start - 1 : start] in (".", ":") or text[end : end + 1] == ":" or text[end : end + 2].strip(".").isdigit():
         return None  # a version number, a clock time, part of something longer
     value = text[start:end]

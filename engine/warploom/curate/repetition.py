@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from warploom.curate.document import Document, Step, at_most
-from warploom.curate.words import Words, extend_grams, split_words
+from warploom.curate.words import Words, extend_grams
 
 _PARAGRAPH = re.compile(r"\n{2,}")
 
@@ -47,7 +47,7 @@ class GopherRepetition(Step):
             count, chars = _duplicates(parts)
             scores[f"duplicate_{name}s"] = count / max(len(parts), 1)
             scores[f"duplicate_{name}_chars"] = chars / num_chars
-        for n, repeated in gram_repetition(split_words(text, "space")):
+        for n, repeated in gram_repetition(document.words):
             scores[f"{'top' if n <= 4 else 'duplicate'}_{n}gram"] = repeated / num_chars
         self.put(document, scores)
 

@@ -83,7 +83,7 @@ class Misspelling(Step):
     max_rate: float = at_most("rate", 0.2)
 
     def apply(self, document: Document) -> None:
-        words = split_words(document.text, "space")
+        words = document.words
         judged, unknown = self._unknown(words)
         self.put(document, {"rate": len(unknown) / max(judged, 1)})
         self.stats.counts["unknown words"] += len(unknown)
