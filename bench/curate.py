@@ -107,9 +107,13 @@ def peer_filter_chain(texts: list[str]) -> Callable[[], None]:
 def peer_minhash(texts: list[str], folder: Path) -> Callable[[], None]:
     from datatrove.data import Document as PeerDocument
     from datatrove.pipeline.dedup import MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import HashConfig, MinhashConfig
+
+    # Its default hash passes str to xxhash, which xxhash 4 refuses.
+    config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))
 
     def call() -> None:
-        signatures = MinhashDedupSignature(output_folder=str(folder / "signatures"))
+        signatures = MinhashDedupSignature(output_folder=str(folder / "signatures"), config=config)
         signatures.run((PeerDocument(text=text, id=str(i)) for i, text in enumerate(texts)), 0, 1)
 
     return call
@@ -139,7 +143,8 @@ def write_wet(path: Path, texts: list[str]) -> None:
             body = text.encode()
             head = (
                 f"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://site{i % 97}.example/{i}\r\n"
-                f"WARC-Record-ID: <urn:uuid:{i:032x}>\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n\r\n"
+                f"WARC-Record-ID: <urn:uuid:{i:032x}>\r\nContent-Type: text/plain\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n"
             )
             file.write(gzip.compress(head.encode() + body + b"\r\n\r\n", 1, mtime=0))
 

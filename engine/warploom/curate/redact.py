@@ -192,7 +192,7 @@ _CARD_ISSUERS = re.compile(r"3[0-9]|4|5[0-9]|6|1800|2131|2[2-7]")
 def _is_card(digits: str, announced: bool) -> bool:
     """A known issuer's first digits, a length that cards have, and the Luhn check digit; a number that the text calls a
     card's may have a mistyped digit."""
-    if not 12 <= len(digits) <= 19 or not _CARD_ISSUERS.match(digits) or len(set(digits)) < 3:
+    if not 12 <= len(digits) <= 19 or not _CARD_ISSUERS.match(digits) or len(set(digits)) < 2:
         return False
     doubled = [int(digit) * (2 if index % 2 else 1) for index, digit in enumerate(reversed(digits))]
     return announced or sum(value - 9 if value > 9 else value for value in doubled) % 10 == 0
