@@ -40,9 +40,7 @@ def test_recall_and_precision_against_exact_jaccard(curate, write_documents, row
     run = curate(toml(write_documents("a.jsonl", texts)))
     cluster = {row: int(root) for row, root in enumerate(run.decisions().cluster)}
     hashed = [shingles(text) for text in texts]
-    similar = {
-        (a, b) for a, b in itertools.combinations(range(len(texts)), 2) if jaccard(hashed[a], hashed[b]) >= 0.8
-    }
+    similar = {(a, b) for a, b in itertools.combinations(range(len(texts)), 2) if jaccard(hashed[a], hashed[b]) >= 0.8}
     assert len(similar) > 60
     found = {(a, b) for a, b in similar if cluster[a] == cluster[b]}
     assert len(found) >= 0.95 * len(similar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import xxhash
 from warploom.curate.pipeline import Tokens
 from warploom.curate.segments import read_jsonl, write_array
 from warploom.data.survey import SAMPLE_BYTES
-from warploom.data.token_files import token_dtype
+from warploom.data.token_files import TokenFileWriter, token_dtype
 from warploom.data.tokenizer import Tokenizer
 
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 18
 
 
 def learn_tokenizer(config: Tokens, folder: Path) -> Tokenizer:
@@ -37,25 +38,33 @@ def learn_tokenizer(config: Tokens, folder: Path) -> Tokenizer:
 
 
 def encode_task(cut_dir: Path, name: str) -> dict[str, Any]:
-    """Encode one task's text of each side into encode/<side>/<name>.ids.npy and .meta.npy.
+    """Encode one task's text of each side into encode/<side>/<name>.tokens and <name>.meta.npy.
 
-    meta: (num_documents, 4) int64: row, number of tokens, bytes of text, size of the cluster.
+    meta: (num_documents, 4) int64: row, number of tokens, bytes of text, size of the cluster. Returns the number of
+    tokens of each side. Memory is bounded by the largest document and some tens of bytes per document.
     """
     tokenizer = Tokenizer.load(cut_dir / "learn" / "tokenizer.json")
     totals = {}
     for side in ("train", "heldout"):
         folder = cut_dir / "encode" / side
         folder.mkdir(parents=True, exist_ok=True)
-        ids: list[np.ndarray] = []
-        meta: list[tuple[int, int, int, int]] = []
-        for texts, rows in _batches(cut_dir / "write" / side / f"{name}.jsonl.zst"):
-            for row, text, tokens in zip(rows, texts, tokenizer.encode_batch(texts), strict=True):
-                ids.append(np.array(tokens, token_dtype(tokenizer.vocab_size)))
-                meta.append((row["row"], len(tokens), len(text.encode("utf-8")), row["cluster_size"]))
-        flat = np.concatenate([np.empty(0, token_dtype(tokenizer.vocab_size)), *ids])
-        write_array(folder / f"{name}.ids.npy", flat)
-        write_array(folder / f"{name}.meta.npy", np.array(meta, np.int64).reshape(-1, 4))
-        totals[side] = len(flat)
+        path = folder / f"{name}.tokens"
+        path.unlink(missing_ok=True)  # of a worker that was killed
+        writer = TokenFileWriter(path, token_dtype(tokenizer.vocab_size))
+        meta = [np.empty((0, 4), np.int64)]
+        try:
+            for texts, rows in _batches(cut_dir / "write" / side / f"{name}.jsonl.zst"):
+                encoded = tokenizer.encode_batch(texts)
+                lengths = list(map(len, encoded))
+                writer.append(np.fromiter(chain.from_iterable(encoded), writer.dtype, sum(lengths)))
+                sizes = [len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts]
+                places = [(row["row"], row["cluster_size"]) for row in rows]
+                numbers, clusters = zip(*places, strict=True)
+                meta.append(np.array([numbers, lengths, sizes, clusters], np.int64).T)
+            totals[side] = writer.close()["count"]
+        finally:
+            writer.abandon()
+        write_array(folder / f"{name}.meta.npy", np.concatenate(meta))
     return totals
 
 

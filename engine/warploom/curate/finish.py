@@ -16,6 +16,7 @@ from warploom.curate.pipeline import Pipeline
 from warploom.curate.report import write_report
 from warploom.curate.segments import JsonlWriter, read_json, read_jsonl, write_array, write_json
 from warploom.data.shards import write_manifest, write_split
+from warploom.data.token_files import open_token_file
 from warploom.data.tokenizer import Tokenizer
 
 _SIDES = ("train", "heldout")
@@ -74,8 +75,7 @@ class _Encoded:
     def __init__(self, cut_dir: Path, side: str, names: list[str], tasks: list[dict[str, Any]], sources: list[str]):
         folder = cut_dir / "encode" / side
         metas = [np.load(folder / f"{name}.meta.npy") for name in names]
-        paths = [folder / f"{name}.ids.npy" for name in names]
-        self._ids = [np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None) for path in paths]
+        self._ids = [open_token_file(folder / f"{name}.tokens") for name in names]
         self._task = np.concatenate([np.full(len(meta), task) for task, meta in enumerate(metas)])
         self._starts = np.concatenate([np.cumsum(meta[:, 1]) - meta[:, 1] for meta in metas])
         meta = np.concatenate(metas)
