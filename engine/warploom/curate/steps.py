@@ -125,11 +125,17 @@ def _build(name: object, values: Mapping[str, Any]) -> Step:
         default = known[setting].default
         number = isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool)
         if default is not dataclasses.MISSING and not number and not isinstance(value, _accepted(default)):
-            raise UserError(f"the step {name} takes {setting} as a {type(default).__name__}, got {value!r}")
+            raise UserError(f"the step {name} takes {setting} as {_kind(default)}, got {value!r}")
     made: dict[str, Any] = {
         setting: tuple(value) if isinstance(value, list) else value for setting, value in values.items()
     }
     return STEPS[name](**made)
+
+
+def _kind(default: object) -> str:
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return "a number"
+    return {bool: "true or false", tuple: "a list", str: "a string"}.get(type(default), type(default).__name__)
 
 
 def _accepted(default: object) -> tuple[type, ...]:
