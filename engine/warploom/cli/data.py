@@ -160,7 +160,7 @@ class Audit:
         print(f"{'word':<20}{'agreement':>10}  occurrences")
         for item in found[: self.top]:
             counts = ", ".join(f"{source} {count:,}" for source, count in item.counts.items())
-            print(f"{item.word:<20}{item.similarity:>10.3f}  {counts}")
+            print(f"{item.word:<20}{item.agreement:>10.3f}  {counts}")
 
 
 @dataclass(frozen=True)

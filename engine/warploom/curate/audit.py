@@ -1,8 +1,9 @@
 """Words that sources use differently: "python" among programmers and among zoologists, "bank" by a river and in a city.
 
-For each word, each source gets a vector of the words that stand near it, as counts hashed into a few hundred columns
-and weighted by how much more often than by chance they occur. The words whose vectors agree least are listed, with
-the share of each source, for a person to balance or to tag; nothing is deleted.
+For each word, each source gets the distribution of the words that stand near it, hashed into a few hundred columns. Two
+sources agree on a word as far as their distributions overlap, beside how far the two halves of each source overlap, so
+that rare words do not look different by chance. The words with the least agreement are listed, with their occurrences
+in each source, for a person to balance or to tag; nothing is deleted.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _COMMON = 50  # the most frequent words are grammar: they say nothing of a neigh
 
 @dataclass(frozen=True)
 class Homograph:
-    """A word with its least agreement (cosine of two sources' vectors), between which sources, and occurrences."""
+    """A word with its least agreement between two sources (0 to 1), which they are, its occurrences."""
 
     word: str
-    similarity: float
+    agreement: float
     sources: tuple[str, str]
     counts: dict[str, int]
 
@@ -52,15 +53,15 @@ def homographs(
         for word in ranked[_COMMON : _COMMON + num_words]
         if sum(counts[source].get(word, 0) >= min_count for source in sources) >= 2
     ]
-    vectors = _contexts(documents, sources, judged, set(ranked[:_COMMON]))
+    contexts = _contexts(documents, sources, judged, set(ranked[:_COMMON]))
     found = []
     for index, word in enumerate(judged):
         having = [s for s, source in enumerate(sources) if counts[source].get(word, 0) >= min_count]
         pairs = [(a, b) for position, a in enumerate(having) for b in having[position + 1 :]]
-        similarity, a, b = min((_cosine(vectors[a, index], vectors[b, index]), a, b) for a, b in pairs)
+        agreement, a, b = min((_agreement(contexts[a, :, index], contexts[b, :, index]), a, b) for a, b in pairs)
         by_source = {source: counts[source].get(word, 0) for source in sources}
-        found.append(Homograph(spelled[word], round(similarity, 4), (sources[a], sources[b]), by_source))
-    return sorted(found, key=lambda item: (item.similarity, item.word))
+        found.append(Homograph(spelled[word], round(agreement, 4), (sources[a], sources[b]), by_source))
+    return sorted(found, key=lambda item: (item.agreement, item.word))
 
 
 def _count_words(
@@ -84,30 +85,30 @@ def _count_words(
 def _contexts(
     documents: Callable[[], Iterator[tuple[str, str]]], sources: list[str], judged: list[int], common: set[int]
 ) -> np.ndarray:
-    """(num_sources, num_judged, _COLUMNS) positive pointwise mutual information of word and column."""
+    """(num_sources, 2, num_judged, _COLUMNS) square roots of the shares of each column among a word's neighbours, in
+    the even and in the odd documents of a source."""
     known = np.sort(np.array(judged, np.uint64))
-    place_of = np.argsort(np.argsort(np.array(judged, np.uint64)))
+    place_of = np.searchsorted(known, np.array(judged, np.uint64))
     frequent = np.sort(np.array(list(common), np.uint64))
-    near = np.zeros((len(sources), len(judged), _COLUMNS))
-    for source, text in documents():
+    near = np.zeros((len(sources), 2, len(judged), _COLUMNS), np.float32)
+    for number, (source, text) in enumerate(documents()):
         hashes = split_words(text, "letters").hashes
         hashes = hashes[~np.isin(hashes, frequent)]
-        if not len(hashes):
+        if not len(hashes) or not len(known):
             continue
-        columns = (mix(hashes) >> np.uint64(55)).astype(np.int64)
+        columns = (mix(hashes) >> np.uint64(64 - _COLUMNS.bit_length() + 1)).astype(np.int64)
         places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
         at = np.flatnonzero(known[places] == hashes)
-        table = near[sources.index(source)]
+        table = near[sources.index(source), number % 2]
         for offset in (*range(-_WINDOW, 0), *range(1, _WINDOW + 1)):
             inside = at[(at + offset >= 0) & (at + offset < len(hashes))]
             np.add.at(table, (places[inside], columns[inside + offset]), 1)
-    near = near[:, place_of]
-    total = near.sum(axis=2, keepdims=True)
-    by_chance = near.sum(axis=1, keepdims=True) / np.maximum(near.sum(axis=(1, 2), keepdims=True), 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        information = np.log(near / (total * by_chance))
-    return np.maximum(np.nan_to_num(information, nan=0.0, neginf=0.0, posinf=0.0), 0.0)
+    near = near[:, :, place_of]
+    return np.sqrt(near / np.maximum(near.sum(axis=3, keepdims=True), 1))
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-12))
+def _agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Overlap (Bhattacharyya coefficient) of two sources' distributions over that of each source's halves; a, b: (2,
+    _COLUMNS)."""
+    within = float(a[0] @ a[1]) * float(b[0] @ b[1])
+    return min(1.0, float((a @ b.T).mean()) / max(within, 1e-6) ** 0.5)

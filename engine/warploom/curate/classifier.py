@@ -82,7 +82,7 @@ class Classifier:
 
     def save(self, path: Path) -> None:
         bias = np.array([self.bias], np.float32)
-        save_file({"weights": self.weights, "bias": bias}, path, metadata={"format": FORMAT, "bits": str(_BITS)})
+        save_file({"weights": self.weights, "bias": bias}, path, metadata={"format": FORMAT})
 
     @classmethod
     def load(cls, path: Path) -> Classifier:

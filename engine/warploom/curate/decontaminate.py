@@ -11,7 +11,7 @@ import functools
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,7 @@ from warploom.errors import UserError
 _ENDINGS = tuple(
     f".{kind}{packed}" for kind in ("jsonl", "json", "csv", "tar") for packed in ("", ".gz", ".xz", ".zst")
 ) + (".parquet",)
+_BLOCK_CHARS = 1 << 18
 _FILTER_BITS = 26  # one look into 8 MB says no for most n-grams, before the search in the index
 
 
@@ -100,15 +101,10 @@ def _index(folder: str, ngram: int, min_words: int) -> TaskIndex:
     parts, owners, num_items, lengths = [], [], [], {ngram}
     for number, name in enumerate(names):
         items = 0
-        for file in by_benchmark[name]:
-            for text in strings(file):
-                words = split_words(text, "letters").hashes
-                if len(words) < min_words:
-                    continue
-                items += 1
-                length = min(ngram, len(words))
+        for block in _blocks(text for file in by_benchmark[name] for text in strings(file)):
+            for length, count, grams in _grams(block, ngram, min_words):
+                items += count
                 lengths.add(length)
-                grams = gram_hashes(words, length)
                 parts.append(grams)
                 owners.append(np.full(len(grams), number, np.int16))
         num_items.append(items)
@@ -120,6 +116,32 @@ def _index(folder: str, ngram: int, min_words: int) -> TaskIndex:
     bloom = np.zeros(1 << _FILTER_BITS, np.bool_)
     bloom[(hashes >> np.uint64(64 - _FILTER_BITS)).astype(np.int64)] = True
     return TaskIndex(names, hashes, np.concatenate(owners)[first], bloom, tuple(sorted(lengths)), tuple(num_items))
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[str]:
+    """Join strings, a line each, to blocks worth a pass of numpy."""
+    lines: list[str] = []
+    size = 0
+    for text in texts:
+        lines.append(text.replace("\n", " "))
+        size += len(text)
+        if size >= _BLOCK_CHARS:
+            yield "\n".join(lines)
+            lines, size = [], 0
+    yield "\n".join(lines)
+
+
+def _grams(block: str, ngram: int, min_words: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(words of a gram, strings that have such, hashes): n-grams inside a line, and shorter lines as a whole."""
+    words = split_words(block, "letters")
+    line = np.searchsorted(np.flatnonzero(words.codes == ord("\n")), words.starts)
+    counts = np.bincount(line) if len(line) else np.empty(0, np.int64)
+    for length in range(min_words, ngram + 1):
+        wanted = counts >= length if length == ngram else counts == length
+        grams = gram_hashes(words.hashes, length)
+        if wanted.any():
+            first, last = line[: len(grams)], line[length - 1 :]
+            yield length, int(wanted.sum()), grams[(first == last) & wanted[first]]
 
 
 def strings(file: Path) -> Iterator[str]:
@@ -135,14 +157,14 @@ def strings(file: Path) -> Iterator[str]:
                 for member in archive:
                     inner = archive.extractfile(member) if member.isfile() else None
                     if inner is not None:
-                        yield from _parse(inner, member.name.lower())
+                        yield from _parse(io.BytesIO(inner.read()), member.name.lower())
         else:
             yield from _parse(stream, name)
 
 
 def _parse(stream: IO[bytes], name: str) -> Iterator[str]:
     if ".csv" in name:
-        for row in csv.reader(io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")):
+        for row in csv.reader(line.decode("utf-8", "replace") for line in stream):
             yield from row
     elif ".jsonl" in name:
         for line in stream:
