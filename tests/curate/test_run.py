@@ -79,6 +79,17 @@ def test_thresholds_change_without_another_pass_over_the_text(curate, write_docu
     assert len(dropped) + len(rows_of(second, "train")) + len(rows_of(second, "heldout")) == len(SENTENCES)
 
 
+def test_a_changed_word_list_or_source_is_noticed(curate, write_documents, rows_of, tmp_path):
+    path = write_documents("a.jsonl", ["a plain text", "another darn text"])
+    steps = f'[[step]]\nuse = "harmful"\nwords = "{tmp_path}/words.txt"\nmax_terms = 0\n'
+    (tmp_path / "words.txt").write_text("darn", encoding="utf-8")
+    assert len(rows_of(curate(pipeline(path, steps)), "dropped")) == 1
+    (tmp_path / "words.txt").write_text("unheard", encoding="utf-8")
+    assert not rows_of(curate(pipeline(path, steps)), "dropped")
+    write_documents("a.jsonl", ["a plain text", "another darn text", "unheard of"])
+    assert len(rows_of(curate(pipeline(path, steps)), "dropped")) == 1
+
+
 def test_going_back_to_older_thresholds_gives_their_result_again(curate, write_documents, rows_of):
     path = write_documents("a.jsonl", SENTENCES)
     step = '[[step]]\nuse = "gopher_quality"\nmin_words = {}\n'

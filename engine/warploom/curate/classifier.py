@@ -153,5 +153,8 @@ class Classify(Step):
             raise UserError("the step classifier needs model = the file of a trained classifier")
         self._model = Classifier.load(Path(self.model))
 
+    def files(self) -> list[Path]:
+        return [Path(self.model)]
+
     def apply(self, document: Document) -> None:
         self.put(document, {"score": self._model.probability(document.text)})

@@ -65,6 +65,9 @@ class Decontaminate(Step):
             raise UserError("the step decontaminate needs tasks = the folder of the task files")
         self._index = _index(self.tasks, self.ngram, self.min_item_words)
 
+    def files(self) -> list[Path]:
+        return list_files(self.tasks, _ENDINGS)
+
     def benchmarks(self) -> dict[str, int]:
         """Number of strings in the index, by benchmark."""
         return dict(zip(self._index.names, self._index.num_items, strict=True))

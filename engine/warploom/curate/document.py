@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -136,6 +137,10 @@ class Step:
         """Every constant of the step, as JSON values."""
         values = {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
         return {"use": self.NAME, **values}
+
+    def files(self) -> list[Path]:
+        """Files that the step reads besides its documents: it is a step anew when they change."""
+        return []
 
     def tag_settings(self) -> dict[str, Any]:
         """The settings that decide what apply writes: all but the bounds, unless they act early."""

@@ -44,11 +44,10 @@ def finish(
     write_json(new / "manifest.json", manifest)
     excerpts = {int(row): text for result in written for row, text in result["excerpts"].items()}
     write_report(new / "report.html", folder.resolve().name, manifest, excerpts)
+    for name in (*_SIDES, "dropped", "tokens", "provenance"):  # those of an earlier run of other settings too
+        shutil.rmtree(folder / name, ignore_errors=True)
     for path in new.iterdir():
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
+        path.replace(folder / path.name)
 
 
 def _link(source: str, target: str) -> None:
@@ -128,7 +127,9 @@ def _write_tokens(
         notes=[],
         request={"sources": plan["files"], "settings": pipeline.settings()},
     )
-    return mixed
+    num_bytes = sum(int(side.num_bytes.sum()) for side in encoded.values())
+    num_tokens = sum(int(side.lengths.sum()) for side in encoded.values())
+    return {**mixed, "bytes_per_token": num_bytes / max(num_tokens, 1)}
 
 
 def _mixed(stream: MixOrder, sources: list[str], has: np.ndarray, given: np.ndarray) -> dict[str, Any]:
@@ -168,7 +169,11 @@ def _manifest(
                 total = sides.setdefault(source, {}).setdefault(side, {"documents": 0, "bytes": 0})
                 for name, value in counts.items():
                     total[name] += value
-    funnel = _funnel(pipeline, cursors, decided)
+    # Tokens of what was dropped are never made: they are reckoned at the rate of what was kept.
+    bytes_per_token = mixed.pop("bytes_per_token") if mixed else None
+    funnel = _funnel(pipeline, cursors, decided, bytes_per_token)
+    for stats in decided["rules"].values():
+        stats["dropped_tokens"] = _tokens(stats["dropped_bytes"], bytes_per_token)
     return {
         "format": "warploom-curated",
         "version": 1,
@@ -202,7 +207,13 @@ def _contamination(pipeline: Pipeline, funnel: list[dict[str, Any]]) -> dict[str
     }
 
 
-def _funnel(pipeline: Pipeline, cursors: list[dict[str, Any]], decided: dict[str, Any]) -> list[dict[str, Any]]:
+def _tokens(size: float, bytes_per_token: float | None) -> int | None:
+    return None if bytes_per_token is None else round(size / bytes_per_token)
+
+
+def _funnel(
+    pipeline: Pipeline, cursors: list[dict[str, Any]], decided: dict[str, Any], bytes_per_token: float | None
+) -> list[dict[str, Any]]:
     """One entry per step: documents and bytes that reached it in the cut, what it dropped, its time and counts."""
     documents, size = sum(decided["dropped_at"]), sum(decided["dropped_bytes_at"])
     funnel = []
@@ -220,8 +231,10 @@ def _funnel(pipeline: Pipeline, cursors: list[dict[str, Any]], decided: dict[str
                 "step": step.name,
                 "documents_in": documents,
                 "bytes_in": int(size),
+                "tokens_in": _tokens(size, bytes_per_token),
                 "documents_dropped": dropped,
                 "bytes_dropped": dropped_bytes,
+                "tokens_dropped": _tokens(dropped_bytes, bytes_per_token),
                 "seconds": round(stats["seconds"], 3),
                 "mb_per_core_second": round(stats["bytes"] / 1e6 / stats["seconds"], 2) if stats["seconds"] else None,
                 "counts": dict(sorted(stats["counts"].items())),

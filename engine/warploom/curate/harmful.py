@@ -46,6 +46,9 @@ class Harmful(Step):
             raise UserError(f"the word list {self.words} has no term")
         self._scanner = word_scanner(terms)
 
+    def files(self) -> list[Path]:
+        return [Path(self.words)]
+
     def apply(self, document: Document) -> None:
         data = document.text.encode("utf-8")
         count = sum(1 for _ in self._scanner.finditer(data))

@@ -133,6 +133,9 @@ def load_pipeline(path: Path) -> Pipeline:
     for name in values:
         if name not in known:
             raise UserError(f"{path} has an unknown entry {name!r}{nearest(name, known)}")
+    for name in ("source", "step"):
+        if not isinstance(values.get(name, []), list):
+            raise UserError(f"{path}: {name} must be a list of tables; write [[{name}]]")
     sources = tuple(_table(Source, entry, "source") for entry in values.pop("source", ()))
     steps = build_steps(values.pop("step", ()))
     for name, table in (("heldout", Heldout), ("tokens", Tokens), ("mix", Mix)):

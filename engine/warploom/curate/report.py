@@ -31,6 +31,7 @@ def write_report(path: Path, name: str, manifest: dict[str, Any], excerpts: dict
             for rule, stats in manifest["rules"].items()
         },
         visible=lambda text: text.translate(_VISIBLE),
+        count=lambda number: "" if number is None else f"{number:,}",
         megabytes=lambda size: f"{size / 1e6:,.2f}",
     )
     path.write_text(page, encoding="utf-8")

@@ -48,10 +48,16 @@ from warploom.curate.split import split
 from warploom.curate.tag import tag
 from warploom.curate.write import repeated_lines, write_task
 from warploom.data.documents import list_files
+from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
 
+# Of what the steps write; raised when one of them changes.
+VERSION = 1
 # Small files are read by one task until they have this many bytes; a task is what a worker takes at once.
 TASK_BYTES = 64 << 20
+# A larger file is read by several tasks. Each reads it through and takes every so manieth block of records: reading is
+# some thirty times faster than the steps, and any format can be shared out so.
+STRIPE_BYTES = 256 << 20
 
 
 class Run:
@@ -78,7 +84,12 @@ class Run:
             "files": files,
             "columns": [source.text_column for source in pipeline.sources],
             "steps": [step.tag_settings() for step in pipeline.steps],
+            "step_files": [_state(path) for step in pipeline.steps for path in step.files()],
+            # The steps of a Python file are whatever it says.
+            "code": pipeline_file.read_text(encoding="utf-8") if pipeline_file.suffix == ".py" else "",
+            "version": VERSION,
         }
+        tokenizer = pipeline.tokens.tokenizer if pipeline.tokens is not None else None
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (folder / "plan.json").exists():
             raise UserError(f"{folder} holds other files; name an empty or new folder for the run")
@@ -91,7 +102,9 @@ class Run:
             "tasks": tasks,
             "files": files,
             "tag_key": tag_key,
-            "cut_key": _key({"tag": tag_key, "settings": settings}),
+            "cut_key": _key(
+                {"tag": tag_key, "settings": settings, "tokenizer": tokenizer and Tokenizer.load(tokenizer).sha256}
+            ),
         }
         write_json(folder / "plan.json", plan)
         return cls(folder)
@@ -122,7 +135,13 @@ class Run:
         return self.cut_dir / phase / f"{index:05d}.done.json"
 
     def run_task(self, phase: str, index: int) -> None:
-        """Do one task of a phase, unless it is done. The phases before must be complete."""
+        """Do one task of a phase, unless it is done. The phases before must be complete.
+
+        Raises UserError if there is no such task.
+        """
+        if not 0 <= index < dict(self.phases()).get(phase, 0):
+            known = ", ".join(f"{name} 0 to {count - 1}" for name, count in self.phases())
+            raise UserError(f"the run in {self.folder} has no task {index} of a phase {phase!r}; it has {known}")
         if not self.is_done(phase, index):
             (self.cut_dir / phase).mkdir(parents=True, exist_ok=True)
             _PHASES[phase](self, index)
@@ -296,16 +315,24 @@ def _plan_tasks(pipeline: Pipeline) -> tuple[list[dict[str, Any]], list[dict[str
         found = [str(path.resolve()) for path in list_files(plain, ENDINGS)] if plain else []
         for path in (*found, *(path for path in source.paths if path.startswith(HUGGING_FACE))):
             file_bytes = 0 if path.startswith(HUGGING_FACE) else Path(path).stat().st_size
-            if size + file_bytes > TASK_BYTES:
-                tasks.append({"source": source.name, "files": []})
-                size = 0
-            tasks[-1]["files"].append(path)
+            stripes = max(1, -(-file_bytes // STRIPE_BYTES))
+            for stripe in range(stripes):
+                if stripes > 1 or size + file_bytes > TASK_BYTES:
+                    tasks.append({"source": source.name, "files": [], "stripe": stripe, "stripes": stripes})
+                    size = 0
+                tasks[-1]["files"].append(path)
             size += file_bytes
             entry: dict[str, Any] = {"source": source.name, "path": path, "size": file_bytes}
             if file_bytes:
                 entry["modified_ns"] = Path(path).stat().st_mtime_ns
             files.append(entry)
     return tasks, files
+
+
+def _state(path: Path) -> list[Any]:
+    """What changes with a file's content, or nearly always."""
+    state = path.stat()
+    return [str(path), state.st_size, state.st_mtime_ns]
 
 
 def _key(value: Any) -> str:

@@ -18,12 +18,14 @@ from warploom.curate.records import Record, read_records
 from warploom.curate.segments import read_json, write_json, write_segment
 
 SEGMENT_BYTES = 32 << 20  # of input, as unfolded
+STRIPE_RECORDS = 256  # in a row that one task takes of a file that several share
 
 
 def tag(pipeline: Pipeline, task: dict[str, Any], folder: Path) -> None:
     """Run the steps of a pipeline over a task's files, into segments in folder; goes on where it was stopped.
 
-    task: {"source": name, "files": [path, ...]}. The folder's cursor.json says what was done, and when it is complete.
+    task: {"source": name, "files": [path, ...], "stripe": i, "stripes": n}, of each file every n-th block of records
+    from block i on. The folder's cursor.json says what was done, and when it is complete.
     """
     cursor_file = folder / "cursor.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +69,8 @@ class _Reading:
             path = files[self._file]
             for record in read_records(path, self._record, self._text_column):
                 self._record = record.number
+                if (record.number - 1) // STRIPE_RECORDS % self._task["stripes"] != self._task["stripe"]:
+                    continue
                 document = self._document(record, path)
                 if document is not None:
                     yield document
