@@ -229,11 +229,12 @@ def _bench_shards(folder: Path, texts: list[str], size: float) -> tuple[float, f
 
 
 _MEMORY_CHILD = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from warploom.curate.workers import run_pipeline
 run_pipeline(Path(sys.argv[1]), Path(sys.argv[2]), "inline")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+# Not getrusage: its peak is inherited from the process that started this one.
+print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
 """
 
 

@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from bench.curate import bench_curation, bench_memory, print_curation
+from bench.curate_accuracy import accuracy
 from bench.harness import interleave, print_fingerprint, print_table, write_records
 from bench.step import CASES, DTYPES, build_step
 from warploom.data.dataset import TokenDataset, TokenSplit
@@ -116,8 +117,13 @@ def bench_tokenizing(tokenizer: Tokenizer, texts: list[str], budget_s: float) ->
 class Arguments:
     """Time the loader, the tokenizer and curation."""
 
-    parts: tuple[Literal["loader", "tokenizer", "curation"], ...] = ("loader", "tokenizer", "curation")
-    """What to time."""
+    parts: tuple[Literal["loader", "tokenizer", "curation", "accuracy"], ...] = (
+        "loader",
+        "tokenizer",
+        "curation",
+        "accuracy",
+    )
+    """What to time; accuracy: redaction and near-duplicates against labels and exact Jaccard."""
     megabytes: float = 4.0
     """Text that curation is timed on."""
     memory_megabytes: float = 8.0
@@ -137,6 +143,8 @@ def main(arguments: Arguments) -> None:
         curation, memory = bench_curation(arguments.megabytes), bench_memory(arguments.memory_megabytes)
         print_curation(curation, memory)
         records += [*curation, *memory]
+    if "accuracy" in arguments.parts:
+        records += accuracy()
     write_records(arguments.json, records)
 
 
