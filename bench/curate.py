@@ -238,10 +238,10 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[
 """
 
 
-def bench_memory(megabytes: float) -> list[dict[str, Any]]:
+def bench_memory(megabytes: float, factors: tuple[int, ...] = (1, 4)) -> list[dict[str, Any]]:
     """Peak memory of whole runs, in a process of their own, on two corpora of which one is four times the other."""
     records = []
-    for factor in (1, 4):
+    for factor in factors:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             source = folder / "texts.jsonl"

@@ -154,3 +154,12 @@ def test_a_file_shared_by_tasks_gives_each_record_once(pipeline_file, tmp_path, 
     run = run_pipeline(pipeline_file, tmp_path / "out", "inline")
     assert len(run.plan["tasks"]) > 4
     assert run.manifest()["funnel"][0]["documents_in"] == 82
+
+
+@pytest.mark.slow  # a training run of twenty seconds
+def test_a_time_budget_trains_on_what_was_curated(pipeline_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    run_pipeline(pipeline_file, out, "inline")
+    command = ["train", "--data", str(out / "tokens"), "--budget", "20s", "--train.out-dir", str(tmp_path / "run")]
+    assert main(command) == 0
+    assert "Held-out loss" in capsys.readouterr().out
