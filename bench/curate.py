@@ -228,13 +228,27 @@ def _bench_shards(folder: Path, texts: list[str], size: float) -> tuple[float, f
     return rate, alone / ours
 
 
+# Private memory is sampled: the kernel keeps no peak of it. What it keeps, the resident peak, counts pages of mapped
+# files too, which it takes back when it needs room. (getrusage would give the peak of whoever started the process.)
 _MEMORY_CHILD = """
-import re, sys
+import re, sys, threading
 from pathlib import Path
 from warploom.curate.workers import run_pipeline
+
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+private, done = [0], threading.Event()
+def sample():
+    while not done.wait(0.01):
+        private[0] = max(private[0], kilobytes("RssAnon"))
+
+sampler = threading.Thread(target=sample)
+sampler.start()
 run_pipeline(Path(sys.argv[1]), Path(sys.argv[2]), "inline")
-# Not getrusage: its peak is inherited from the process that started this one.
-print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
+done.set()
+sampler.join()
+print(private[0] // 1024, kilobytes("VmHWM") // 1024)
 """
 
 
@@ -264,7 +278,8 @@ def bench_memory(megabytes: float, factors: tuple[int, ...] = (1, 4)) -> list[di
                     "bench": "data",
                     "config": f"{size / 1e6:.0f} MB of text",
                     "subject": "peak memory",
-                    "mb": int(done.stdout),
+                    "private_mb": int(done.stdout.split()[0]),
+                    "resident_mb": int(done.stdout.split()[1]),
                 }
             )
     return records
@@ -296,4 +311,8 @@ def print_curation(records: list[dict[str, Any]], memory: list[dict[str, Any]]) 
             for record in records
         ],
     )
-    print_table("peak memory of a whole run", ("corpus", "MB"), [(r["config"], str(r["mb"])) for r in memory])
+    print_table(
+        "peak memory of a whole run",
+        ("corpus", "private MB", "with mapped files"),
+        [(r["config"], str(r["private_mb"]), str(r["resident_mb"])) for r in memory],
+    )

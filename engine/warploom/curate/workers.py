@@ -4,6 +4,7 @@ on the same folder, which is all they share."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -70,11 +71,16 @@ def _pool(run: Run, num_workers: int, progress: Progress) -> None:
 
 
 def _ray(run: Run, num_workers: int, progress: Progress) -> None:
-    """Tasks on the Ray cluster of RAY_ADDRESS, or on a local one of num_workers processes."""
+    """Tasks on the Ray cluster of RAY_ADDRESS or one that runs here, or else on a local one of num_workers processes."""
     ray: Any = optional("ray", "ray")
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+        quiet = {"log_to_driver": False, "configure_logging": False}
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError:
+            ray.init(num_cpus=num_workers, include_dashboard=False, **quiet)
     try:
         task = ray.remote(run_task)
         for phase, count in run.phases():
