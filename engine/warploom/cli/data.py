@@ -30,7 +30,9 @@ class RunPipeline:
     workers: Literal["inline", "pool", "ray"] = "pool"
     """Processes of this machine, or tasks of a Ray cluster."""
     num_workers: int = os.cpu_count() or 1
-    """How many at once."""
+    """How many at once; a Ray cluster with an address decides itself."""
+    ray_address: str | None = None
+    """A Ray cluster that runs, "auto" or host:port; without it one is started on this machine."""
 
     def run(self) -> None:
         show = sys.stderr.isatty()
@@ -39,7 +41,7 @@ class RunPipeline:
             if show:
                 print(f"\r{phase} {done}/{total}\x1b[K", end="", file=sys.stderr, flush=True)
 
-        run = run_pipeline(self.pipeline, self.out, self.workers, self.num_workers, progress)
+        run = run_pipeline(self.pipeline, self.out, self.workers, self.num_workers, progress, self.ray_address)
         if show:
             print("\r\x1b[K", end="", file=sys.stderr)
         print(summary(run))

@@ -26,6 +26,7 @@ def run_pipeline(
     workers: Kind = "pool",
     num_workers: int = 1,
     progress: Progress = lambda phase, done, total: None,
+    ray_address: str | None = None,
 ) -> Run:
     """Run a pipeline into a folder, going on where an earlier run of it was stopped. Returns the finished run.
 
@@ -36,10 +37,12 @@ def run_pipeline(
     run = Run.prepare(pipeline_file, folder)
     if run.is_done("finish", 0) and not run.is_published():
         run.unfinish()
-    execute = {"inline": _inline, "pool": _pool, "ray": _ray}[
-        workers if num_workers > 1 or workers == "ray" else "inline"
-    ]
-    execute(run, num_workers, progress)
+    if workers == "ray":
+        _ray(run, num_workers, ray_address, progress)
+    elif workers == "pool" and num_workers > 1:
+        _pool(run, num_workers, progress)
+    else:
+        _inline(run, progress)
     return run
 
 
@@ -47,7 +50,7 @@ def _waiting(run: Run, phase: str, count: int) -> list[int]:
     return [index for index in range(count) if not run.is_done(phase, index)]
 
 
-def _inline(run: Run, num_workers: int, progress: Progress) -> None:
+def _inline(run: Run, progress: Progress) -> None:
     for phase, count in run.phases():
         waiting = _waiting(run, phase, count)
         for done, index in enumerate(waiting, 1):
@@ -70,17 +73,14 @@ def _pool(run: Run, num_workers: int, progress: Progress) -> None:
                 raise
 
 
-def _ray(run: Run, num_workers: int, progress: Progress) -> None:
-    """Tasks on the Ray cluster of RAY_ADDRESS or one that runs here, or else on a local one of num_workers processes."""
+def _ray(run: Run, num_workers: int, address: str | None, progress: Progress) -> None:
+    """Tasks on the Ray cluster at an address, or on a local one of num_workers processes."""
     ray: Any = optional("ray", "ray")
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-        quiet = {"log_to_driver": False, "configure_logging": False}
-        try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
-            ray.init(num_cpus=num_workers, include_dashboard=False, **quiet)
+        where = {"address": address} if address else {"num_cpus": num_workers, "include_dashboard": False}
+        ray.init(**where, log_to_driver=False, configure_logging=False)
     try:
         task = ray.remote(run_task)
         for phase, count in run.phases():
