@@ -21,6 +21,7 @@ from typing import Any
 from bench.harness import print_table
 from warploom.curate.document import Document
 from warploom.curate.encode import encode_task
+from warploom.curate.records import read_records
 from warploom.curate.segments import JsonlWriter
 from warploom.curate.steps import build_steps
 from warploom.curate.tag import run_steps
@@ -185,8 +186,6 @@ def _bench_archive(folder: Path, megabytes: float) -> float:
     steps = build_steps([{"use": "extract"}])
 
     def call() -> None:
-        from warploom.curate.records import read_records
-
         pages = (
             Document(text="", id=str(record.number), html=record.html, charset=record.charset)
             for record in read_records(str(archive))

@@ -55,6 +55,8 @@ def test_strings_come_from_any_depth_and_format(tasks):
         (FILLER + " ".join(QUESTION.split()[:12]) + FILLER, None),
         (" ".join(ANSWER.split()[:-1]), None),
         ("the other one", None),
+        # Words in a row of the index, but of two strings of it.
+        (" ".join(QUESTION.split()[-7:] + ANSWER.split()[:6]), None),
         (FILLER * 20, None),
     ],
 )

@@ -189,6 +189,8 @@ def test_every_preset_can_be_built_and_shows_its_constants():
         ({"use": "unicode", "form": "NFX"}, "unicode.form must be"),
         ({"use": "harmful"}, "needs words"),
         ({"use": "classifier"}, "needs model"),
+        ({"use": "url_filter"}, "needs hosts"),
+        ({"use": "url_filter", "hosts": "/none"}, "cannot read the list of hosts"),
         ({"use": "decontaminate"}, "needs tasks"),
     ],
 )

@@ -1,8 +1,9 @@
 import itertools
 import random
 
+from warploom.curate.document import Document
 from warploom.curate.minhash import jaccard, shingles
-from warploom.curate.split import domain
+from warploom.curate.urls import UrlFilter, domain
 
 WORDS = [f"w{i}" for i in range(4000)]
 
@@ -71,3 +72,14 @@ def test_without_hashes_the_manifest_says_that_nothing_was_searched(curate, writ
 def test_hosts_of_urls():
     assert domain("https://www.Example.org:80/x") == "example.org"
     assert domain("file:///x") == domain("") == domain("http://[bad/") == ""
+
+
+def test_pages_of_listed_hosts_and_below_are_blocked(tmp_path):
+    (tmp_path / "hosts.txt").write_text("bad.example\nwww.Worse.example\n", encoding="utf-8")
+    step = UrlFilter(hosts=str(tmp_path / "hosts.txt"))
+    blocked = []
+    for host in ("bad.example", "www.bad.example", "a.b.worse.example", "notbad.example", "example", ""):
+        document = Document(text="t", id="1", url=f"http://{host}/x" if host else "")
+        step.apply(document)
+        blocked.append(step.first_failure(document.scores) is not None)
+    assert blocked == [True, True, True, False, False, False]

@@ -141,8 +141,8 @@ _MIXED = re.compile("[^\\W\\d_]*(?:[A-Za-z][^\\W\\d_A-Za-z]|[^\\W\\d_A-Za-z][A-Z
 
 @dataclass(kw_only=True)
 class Confusables(Step):
-    """Inside a word of Latin letters, replace letters of other scripts that look like Latin ones (the p of Cyrillic in
-    "pаypal"). Words of one script, whole Russian or Greek texts above all, are never touched."""
+    """Inside a word of Latin letters, replace letters of other scripts that look like Latin ones (a Cyrillic a in
+    "paypal"). Words of one script, whole Russian or Greek texts above all, are never touched."""
 
     NAME = "confusables"
     kind = "edit"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
@@ -17,6 +16,7 @@ from warploom.curate.cut import KEPT, Decisions, linked_pairs
 from warploom.curate.dedup import NearDedup, UnionFind
 from warploom.curate.pipeline import Heldout
 from warploom.curate.segments import Segment
+from warploom.curate.urls import domain
 from warploom.curate.words import mix
 
 # Below the threshold of near_dedup: pairs that were not similar enough to drop one are similar enough to leak.
@@ -95,14 +95,6 @@ def split(
             f"probability {1 - (1 - 0.5**LINK_BAND_HASHES) ** num_bands:.2f}"
         ),
     )
-
-
-def domain(url: str) -> str:
-    """The host of a URL without www, or "" if it has none."""
-    try:
-        return (urlsplit(url).hostname or "").removeprefix("www.")
-    except ValueError:
-        return ""
 
 
 def _join_domains(segments: Iterable[Segment], kept: np.ndarray, union: UnionFind) -> None:

@@ -18,12 +18,14 @@ from warploom.curate.language import Language
 from warploom.curate.quality import C4Lines, FineWeb, GopherQuality, RefinedWebLines
 from warploom.curate.redact import Redact
 from warploom.curate.repetition import GopherRepetition
+from warploom.curate.urls import UrlFilter
 from warploom.curate.wording import Contractions, Misspelling, Spelling
 from warploom.errors import UserError, nearest
 
 STEPS: dict[str, type[Step]] = {
     step.NAME: step
     for step in (
+        UrlFilter,
         Extract,
         Unicode,
         Emoji,
@@ -54,7 +56,7 @@ PRESETS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     # Raffel et al. 2020: English by langdetect at 0.99; its bad-word list is the step `harmful`, with a list of yours.
     "c4": (("language", {"min_score": 0.99}), ("c4", {})),
     "gopher": (("gopher_quality", {}), ("gopher_repetition", {})),
-    # Penedo et al. 2024, in the order of its pipeline.
+    # Penedo et al. 2024, in the order of its pipeline; its first step is url_filter, with a list of yours.
     "fineweb": (
         ("extract", {"library": "trafilatura"}),
         ("language", {"min_score": 0.65}),
