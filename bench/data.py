@@ -1,6 +1,7 @@
-"""python -m bench.data: what the data costs. The loader per batch, as a share of a training step; tokenizing per MB.
+"""python -m bench.data: what the data costs. The loader per batch, as a share of a training step; tokenizing per MB;
+curation per MB, beside datatrove where that is installed.
 
-The text is the Python standard library, so the figures can be had anywhere.
+The text of the first two is the Python standard library, so the figures can be had anywhere.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
 
+from bench.curate import bench_curation, bench_memory, print_curation
+from bench.curate_accuracy import accuracy
 from bench.harness import interleave, print_fingerprint, print_table, write_records
 from bench.step import CASES, DTYPES, build_step
 from warploom.data.dataset import TokenDataset, TokenSplit
@@ -112,8 +115,19 @@ def bench_tokenizing(tokenizer: Tokenizer, texts: list[str], budget_s: float) ->
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time the loader and the tokenizer."""
+    """Time the loader, the tokenizer and curation."""
 
+    parts: tuple[Literal["loader", "tokenizer", "curation", "accuracy"], ...] = (
+        "loader",
+        "tokenizer",
+        "curation",
+        "accuracy",
+    )
+    """What to time; accuracy: redaction and near-duplicates against labels and exact Jaccard."""
+    megabytes: float = 4.0
+    """Text that curation is timed on."""
+    memory_megabytes: float = 8.0
+    """Text that the memory of a whole run of curation is measured on, and then on four times as much."""
     budget_s: float = 10.0
     """Seconds of timing per table row group."""
     json: Path | None = None
@@ -122,15 +136,30 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     print_fingerprint()
+    records: list[dict[str, Any]] = []
+    if "loader" in arguments.parts or "tokenizer" in arguments.parts:
+        records += loader_and_tokenizer(arguments)
+    if "curation" in arguments.parts:
+        curation, memory = bench_curation(arguments.megabytes), bench_memory(arguments.memory_megabytes)
+        print_curation(curation, memory)
+        records += [*curation, *memory]
+    if "accuracy" in arguments.parts:
+        records += accuracy()
+    write_records(arguments.json, records)
+
+
+def loader_and_tokenizer(arguments: Arguments) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         dataset = tokenize_corpus(stdlib_paths(), Path(folder) / "tokens")
         seconds = time.perf_counter() - started
         megabytes = (dataset.train.num_bytes + dataset.heldout.num_bytes) / 1e6
         print(f"standard library to token shards: {megabytes:.1f} MB in {seconds:.1f} s, vocabulary 8192, from nothing")
-        loader = bench_loader(dataset, arguments.budget_s)
-        texts = [text for _, text in read_documents(stdlib_paths())][::4]
-        tokenizing = bench_tokenizing(dataset.tokenizer, texts, arguments.budget_s)
+        loader = bench_loader(dataset, arguments.budget_s) if "loader" in arguments.parts else []
+        tokenizing = []
+        if "tokenizer" in arguments.parts:
+            texts = [text for _, text in read_documents(stdlib_paths())][::4]
+            tokenizing = bench_tokenizing(dataset.tokenizer, texts, arguments.budget_s)
     print_table(
         "loader (share: of the `small` training step of this run)",
         ("batch", "subject", "us/batch", "tokens/s", "spread", "share"),
@@ -157,7 +186,7 @@ def main(arguments: Arguments) -> None:
         "subject": "tokenize_corpus",
         "s_per_mb": seconds / megabytes,
     }
-    write_records(arguments.json, [total, *loader, *tokenizing])
+    return [total, *loader, *tokenizing]
 
 
 if __name__ == "__main__":

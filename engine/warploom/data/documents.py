@@ -6,6 +6,7 @@ document, never by a file of many, and a compressed file that unfolds without me
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import io
@@ -14,7 +15,7 @@ import lzma
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -67,35 +68,42 @@ def read_documents(
         raise UserError(f"no text found in {len(files)} file(s) from {files[0]} on (documents left out: {left_out})")
 
 
-def list_files(paths: Paths) -> list[Path]:
+def list_files(paths: Paths, endings: Sequence[str] | None = None) -> list[Path]:
     """List the readable files behind paths, each once: folders recursively and sorted, then globs, then single files
     as given. Hidden files, and files of other kinds inside folders and globs, are passed over.
+
+    endings: of the files that count as readable, those of read_documents by default.
 
     Raises UserError for a missing path, a pattern or folder without a readable file, and for a file named directly
     that is empty or of an unknown kind.
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
+    known = tuple(_READERS) if endings is None else tuple(endings)
+
+    def readable(path: Path) -> bool:
+        return path.name.lower().endswith(known)
+
     files: dict[Path, None] = {}
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
             found = sorted(_walk(path))
-            if not any(map(_reader, found)):
-                raise UserError(f"the folder {path} has no readable file: {_seen(found)}")
+            if not any(map(readable, found)):
+                raise UserError(f"the folder {path} has no readable file: {_seen(found, known)}")
         elif path.exists():
             found = [path]
-            if _reader(path) is None:
-                raise UserError(f"{path} is of an unknown kind; {_KNOWN}")
+            if not readable(path):
+                raise UserError(f"{path} is of an unknown kind; known are {' '.join(known)}")
             if path.stat().st_size == 0:
                 raise UserError(f"{path} is empty")
         elif glob.has_magic(str(path)):
             found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
-            if not any(map(_reader, found)):
-                raise UserError(f"the pattern {str(path)!r} matches no readable file: {_seen(found)}")
+            if not any(map(readable, found)):
+                raise UserError(f"the pattern {str(path)!r} matches no readable file: {_seen(found, known)}")
         else:
             raise UserError(f"{path} does not exist")
-        files.update((file, None) for file in found if _reader(file))
+        files.update((file, None) for file in found if readable(file))
     if not files:
         raise UserError("no path to read was given")
     return list(files)
@@ -107,11 +115,11 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
-def _seen(files: list[Path]) -> str:
+def _seen(files: list[Path], known: Sequence[str]) -> str:
     if not files:
         return "nothing is there"
     endings = sorted({path.suffix or path.name for path in files})
-    return f"it has {', '.join(endings[:8])}{' ...' if len(endings) > 8 else ''}; {_KNOWN}"
+    return f"it has {', '.join(endings[:8])}{' ...' if len(endings) > 8 else ''}; known are {' '.join(known)}"
 
 
 @dataclass(frozen=True)
@@ -156,23 +164,27 @@ def _read_text(path: Path, options: _Options) -> Iterator[tuple[str, str]]:
 _BOM = b"\xef\xbb\xbf"
 
 
+@contextlib.contextmanager
+def open_stream(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to read its bytes, unfolded if it ends in .gz, .xz or .zst, and stopped where it unfolds to more than
+    MAX_EXPANSION times its size. Inside the block, a damaged or cut file raises UserError naming it."""
+    unfold = _UNFOLD.get(path.suffix.lower())
+    try:
+        with open(path, "rb") as file:
+            if unfold is None:
+                yield file
+            else:
+                limit = max(EXPANSION_FLOOR_BYTES, MAX_EXPANSION * path.stat().st_size)
+                with unfold(file) as stream, io.BufferedReader(_Capped(stream, path, limit), 1 << 18) as unfolded:
+                    yield unfolded
+    # gzip raises a subclass of OSError for a bad header or checksum.
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise UserError(f"{path} is damaged or cut short: {str(error).strip() or type(error).__name__}") from error
+
+
 def _read_jsonl(path: Path, options: _Options) -> Iterator[tuple[str, str]]:
-    with open(path, "rb") as file:
-        yield from _json_lines(file, path, options)
-
-
-def _read_compressed(unfold: Callable[[IO[bytes]], Any]) -> Callable[[Path, _Options], Iterator[tuple[str, str]]]:
-    def read(path: Path, options: _Options) -> Iterator[tuple[str, str]]:
-        limit = max(EXPANSION_FLOOR_BYTES, MAX_EXPANSION * path.stat().st_size)
-        try:
-            with open(path, "rb") as file, unfold(file) as stream:
-                with io.BufferedReader(_Capped(stream, path, limit), 1 << 18) as lines:
-                    yield from _json_lines(lines, path, options)
-        # gzip raises a subclass of OSError for a bad header or checksum.
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-            raise UserError(f"{path} is damaged or cut short: {str(error).strip() or type(error).__name__}") from error
-
-    return read
+    with open_stream(path) as lines:
+        yield from _json_lines(lines, path, options)
 
 
 def _json_lines(file: IO[bytes], path: Path, options: _Options) -> Iterator[tuple[str, str]]:
@@ -323,17 +335,21 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
+_UNFOLD: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".xz": lzma.LZMAFile,
+    ".zst": _ZstdStream,
+}
 _READERS: dict[str, Callable[[Path, _Options], Iterator[tuple[str, str]]]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".py": _read_text,
     ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_compressed(lambda file: gzip.GzipFile(fileobj=file)),
-    ".jsonl.xz": _read_compressed(lzma.LZMAFile),
-    ".jsonl.zst": _read_compressed(_ZstdStream),
+    ".jsonl.gz": _read_jsonl,
+    ".jsonl.xz": _read_jsonl,
+    ".jsonl.zst": _read_jsonl,
     ".parquet": _read_parquet,
 }
-_KNOWN = "known are " + " ".join(_READERS)
 
 
 def _reader(path: Path) -> Callable[[Path, _Options], Iterator[tuple[str, str]]] | None:

@@ -101,6 +101,14 @@ class Loader:
         start = (start + window * np.uint64(self._seq_len)) % np.uint64(self._split.num_tokens)
         return start.astype(np.int64).reshape(_PLANNED_BATCHES, self._micro_batch_size)
 
+    def next_starts(self) -> np.ndarray:
+        """Pass over some batches and return the starts of their windows, (n,) int64, in order: what training on them
+        would have read."""
+        starts = self._planned if len(self._planned) else self._plan()
+        self._planned = starts[:0]
+        self._sample += starts.size * self._world_size
+        return starts.reshape(-1)
+
     def state_dict(self) -> dict[str, Any]:
         """Position and what gives it its meaning, as JSON values."""
         epoch, index = divmod(self._sample, self.windows_per_epoch)

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,7 +157,7 @@ def _build(
 
     counts: Counter[str] = Counter()
     writers = {
-        heldout: _SplitWriter(folder, name, tokenizer, settings.shard_tokens)
+        heldout: SplitWriter(folder, name, tokenizer, settings.shard_tokens)
         for heldout, name in ((False, "train"), (True, "heldout"))
     }
     try:
@@ -173,18 +173,46 @@ def _build(
     finally:
         for writer in writers.values():
             writer.abandon()
+    write_manifest(
+        folder,
+        tokenizer,
+        splits,
+        documents_read=plan.num_documents,
+        documents_left_out=dict(counts),
+        heldout_unit=plan.unit,
+        heldout_threshold=f"{plan.threshold:016x}",
+        notes=notes,
+        request=request,
+    )
+
+
+def write_split(
+    folder: Path,
+    name: Literal["train", "heldout"],
+    tokenizer: Tokenizer,
+    documents: Iterable[tuple[np.ndarray, int]],
+    shard_tokens: int = SHARD_TOKENS,
+) -> dict[str, Any]:
+    """Write the files of one split from (token ids, bytes of text) of its documents, and return its manifest entry."""
+    writer = SplitWriter(folder, name, tokenizer, shard_tokens)
+    try:
+        for ids, num_bytes in documents:
+            writer.append(ids, num_bytes)
+        return writer.close()
+    finally:
+        writer.abandon()
+
+
+def write_manifest(folder: Path, tokenizer: Tokenizer, splits: dict[str, Any], **fields: Any) -> None:
+    """Write manifest.json, which makes the folder a data set. fields: what else it says; `request` must be there."""
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "documents_read": plan.num_documents,
-        "documents_left_out": dict(counts),
-        "heldout_unit": plan.unit,
-        "heldout_threshold": f"{plan.threshold:016x}",
-        "notes": notes,
+        **{name: value for name, value in fields.items() if name != "request"},
         "splits": splits,
-        "request": request,
+        "request": fields["request"],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -225,7 +253,7 @@ def _tasks(pieces: Iterator[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]
         yield task
 
 
-class _SplitWriter:
+class SplitWriter:
     """Writes the files of one split."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, shard_tokens: int):

@@ -31,14 +31,14 @@ class TokenFileWriter:
     """Appends integers to a new file; it is a token file only once close has written the header."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]):
-        self._path, self._dtype = path, dtype
+        self._path, self.dtype = path, dtype
         self._hash = xxhash.xxh3_128()
         self._file = open(path, "xb")
         self._file.write(bytes(_HEADER.size))
         self.count = 0
 
     def append(self, values: np.ndarray) -> None:
-        data = values.astype(self._dtype).tobytes()
+        data = values.astype(self.dtype, copy=False).tobytes()
         self._hash.update(data)
         self._file.write(data)
         self.count += len(values)
@@ -46,12 +46,12 @@ class TokenFileWriter:
     def close(self) -> dict[str, Any]:
         """Write the header and return the file's entry for the manifest."""
         self._file.seek(0)
-        self._file.write(_HEADER.pack(MAGIC, VERSION, self._dtype.itemsize, self.count, 0))
+        self._file.write(_HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.count, 0))
         self._file.close()
         return {
             "file": self._path.name,
             "count": self.count,
-            "size": _HEADER.size + self.count * self._dtype.itemsize,
+            "size": _HEADER.size + self.count * self.dtype.itemsize,
             "xxh3_128": self._hash.hexdigest(),
         }
 

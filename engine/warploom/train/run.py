@@ -71,7 +71,7 @@ def open_text(
 ) -> TokenDataset:
     """Return the token shards of data: files, folders or globs of text, encoded into out_dir/data; one folder of token
     shards, opened as it is; or nothing, which stands for the standard library of the running Python."""
-    if len(data) == 1 and (Path(data[0]) / "manifest.json").is_file():
+    if _is_shards(data):
         return TokenDataset(data[0])
     stage_before = ""
 
@@ -102,6 +102,10 @@ def open_text(
     return dataset
 
 
+def _is_shards(data: Sequence[str | Path]) -> bool:
+    return len(data) == 1 and (Path(data[0]) / "manifest.json").is_file()
+
+
 def train_on_text(
     data: Sequence[str | Path] = (),
     config: RunConfig | None = None,
@@ -126,7 +130,7 @@ def train_on_text(
     words = config.model.vocab_size
     if before is not None:
         words = before.model.vocab_size
-    elif budget_s is not None and text.tokenizer is None:
+    elif budget_s is not None and text.tokenizer is None and not _is_shards(data):
         words = vocab_size(sum(path.stat().st_size for path in list_files(list(data) or stdlib_paths())))
     dataset = open_text(data, out_dir, text, words, console)
 
