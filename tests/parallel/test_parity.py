@@ -30,10 +30,58 @@ QUICK = {
         "parallel": {"context": 2, "tensor": 2},
         "model": {"num_heads": 6, "head_dim": 8, "num_kv_heads": 3, "position": "alibi"},
     },
+    "pipeline, tied copies, T5 bias": {"parallel": {"pipeline": 4}, "model": {"position": "t5"}},
+    "pipeline x data, interleaved": {"parallel": {"pipeline": 2, "data": 2, "schedule": "interleaved"}, "packed": True},
+    "translation, pipeline x tensor": {
+        "parallel": {"pipeline": 2, "tensor": 2, "schedule": "gpipe"},
+        "model": {**TRANSLATOR, "position": "learned"},
+    },
     "data x context, float32": {
         "parallel": {"data": 2, "context": 2},
         "model": {"activation": "gelu_tanh"},
         "dtype": "float32",
+        "eps": 1e-4,
+    },
+}
+
+# Eight processes: products of two to four dimensions.
+LONG = {
+    "data x shard x tensor": {"parallel": {"data": 2, "shard": 2, "tensor": 2}, "optimizer": "muon", "batch_size": 6},
+    "shard x context x tensor": {"parallel": {"shard": 2, "context": 2, "tensor": 2}, "packed": True},
+    "data x pipeline x tensor, zero bubble": {
+        "parallel": {"data": 2, "pipeline": 2, "tensor": 2, "schedule": "zero-bubble"},
+        "optimizer": "muon",
+    },
+    "shard x pipeline x context, 1f1b": {
+        "parallel": {"shard": 2, "pipeline": 2, "context": 2, "schedule": "1f1b"},
+        "model": {"position": "alibi", "num_kv_heads": 2},
+    },
+    "pipeline of 8, gpipe": {"parallel": {"pipeline": 8, "schedule": "gpipe"}, "model": {"num_layers": 8}},
+    "translation, data x shard x context": {
+        "parallel": {"data": 2, "shard": 2, "context": 2},
+        "model": TRANSLATOR,
+        "src_len": 11,
+        "optimizer": "muon",
+    },
+    "translation, pipeline x tensor x data, interleaved": {
+        "parallel": {"pipeline": 2, "tensor": 2, "data": 2, "schedule": "interleaved"},
+        "model": TRANSLATOR,
+    },
+    "translation, pipeline x context x tensor": {
+        "parallel": {"pipeline": 2, "context": 2, "tensor": 2, "schedule": "1f1b"},
+        "model": {**TRANSLATOR, "position": "rotary"},
+    },
+    "shard x tensor, float32": {
+        "parallel": {"shard": 4, "tensor": 2},
+        "model": {"activation": "gelu_tanh"},
+        "dtype": "float32",
+        "eps": 1e-4,
+    },
+    "tensor x pipeline x data, float32, Muon": {
+        "parallel": {"data": 2, "pipeline": 2, "tensor": 2},
+        "model": {"activation": "swiglu", "norm": "rms_norm"},
+        "dtype": "float32",
+        "optimizer": "muon",
         "eps": 1e-4,
     },
 }
@@ -81,3 +129,14 @@ def check(case, results):
 @pytest.mark.parametrize("name", QUICK)
 def test_parts_train_as_the_whole(name, quick):
     check(QUICK[name], quick[name])
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    return run(LONG, 8, tmp_path_factory.mktemp("long"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_products_train_as_the_whole(name, long):
+    check(LONG[name], long[name])

@@ -16,6 +16,7 @@ from warploom.optim.parts import local_part
 from warploom.parallel.context import apply_context, take_context
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.muon import PartedMatrices
+from warploom.parallel.pipeline import Pipeline, sum_copies
 from warploom.parallel.rows import Inputs, micro_batches
 from warploom.parallel.shard import Part, apply_shard, part_at
 from warploom.parallel.state import State, gather, take_apart
@@ -35,31 +36,42 @@ class Parallelize:
 class ParallelModel:
     """What is on this process of a model that all processes built alike.
 
-    model holds it, and must not be used otherwise from here on. micro_batch_size: rows of one forward pass.
+    model is taken apart, and must not be used otherwise from here on. module: what is here of it.
+    micro_batch_size: rows of one forward pass.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, micro_batch_size: int) -> None:
-        self.config = model.config
-        self.mesh, self.module, self._micro_batch_size = mesh, model, micro_batch_size
+        self.mesh, self._model, self._micro_batch_size = mesh, model, micro_batch_size
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         axis = mesh.axis
+        # Stages take out whole blocks, so they come first. To what follows each is a model of its own.
+        self._pipeline = Pipeline(model, mesh.config, mesh) if axis["pipeline"].size > 1 else None
+        parts: list[nn.Module] = [model] if self._pipeline is None else list(self._pipeline.stages.values())
+        models = [part for each in parts for part in each.modules() if isinstance(part, Transformer)]
         # Tensor parallelism cuts whole parameters, and finds the layers as the model has them.
-        self._tensor = apply_tensor(model, axis["tensor"]) if axis["tensor"].size > 1 else TensorPlan({}, frozenset())
+        self._tensor = TensorPlan({}, frozenset())
+        if axis["tensor"].size > 1:
+            for each in models:
+                self._tensor |= apply_tensor(each, axis["tensor"])
         # The context's exchange of heads is of those that tensor parallelism leaves here.
         if axis["context"].size > 1:
-            apply_context(model, axis["context"])
+            for each in models:
+                apply_context(each, axis["context"])
         # Sharding takes parameters as it finds them, so nothing may cut them afterwards.
         if mesh.weights.size() > 1:
-            apply_shard(model, mesh, reshard=axis["fsdp"].size > 1)
-        self.named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+            for part in parts:
+                apply_shard(part, mesh, reshard=axis["fsdp"].size > 1 and self._pipeline is None)
+        self.module: nn.Module = model if self._pipeline is None else nn.ModuleList(parts)
+        self.named = [pair for each in models for pair in each.named_parameters() if pair[1].requires_grad]
         # Along the tensor axis every process has the whole loss.
         self._counts_once = axis["tensor"].index == 0
         self.parameters = [parameter for _, parameter in self.named]
         self._partial = [parameter for name, parameter in self.named if name in self._tensor.partial]
+        self._tied = self._copies_of_stages()
         self.matrices = PartedMatrices(mesh, {p: (self.shapes[n], self._tensor.slices.get(n)) for n, p in self.named})
 
     def loss_sum(self, **inputs: Tensor) -> Tensor:
-        return self.module.loss(reduction="sum", **inputs)
+        return self._model.loss(reduction="sum", **inputs)
 
     def accumulate(self, loss_sum: Callable[..., Tensor], batches: list[Inputs], num_targets: int) -> Tensor:
         """Leave in .grad this process's part of the gradients of the whole batches' loss, summed over their targets
@@ -68,22 +80,26 @@ class ParallelModel:
         The gradients are exchanged once, with the last micro batch.
         """
         micro = [part for batch in batches for part in self._micro_batches(batch)]
-        loss = torch.zeros((), device=micro[0]["tokens"].device)
-        for index, inputs in enumerate(micro):
-            if isinstance(self.module, FSDPModule):
-                self.module.set_requires_gradient_sync(index == len(micro) - 1)
-            micro_loss = loss_sum(**inputs) / num_targets
-            micro_loss.backward()
-            loss += micro_loss.detach()
+        if self._pipeline is not None:
+            loss = self._pipeline.run(micro, num_targets)
+        else:
+            loss = torch.zeros((), device=micro[0]["tokens"].device)
+            for index, inputs in enumerate(micro):
+                if isinstance(self.module, FSDPModule):
+                    self.module.set_requires_gradient_sync(index == len(micro) - 1)
+                micro_loss = loss_sum(**inputs) / num_targets
+                micro_loss.backward()
+                loss += micro_loss.detach()
         self._sum_partial()
+        sum_copies(self.named, self._tied, self.mesh.axis["pipeline"])
         return loss
 
     def totals(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
         """Return the loss and the gradient's norm over all processes, float64, the same bits on each."""
         axis = self.mesh.axis
-        # Parameters that are whole along the tensor axis, and replicas, count once.
+        # What several processes have count once: copies of stages, the whole along the tensor axis, and replicas.
         slices = self._tensor.slices
-        counted = [p for name, p in self.named if name in slices or axis["tensor"].index == 0]
+        counted = [p for name, p in self._first_copies() if name in slices or axis["tensor"].index == 0]
         norm = grad_norm([local_part(p.grad) for p in counted if p.grad is not None]).double()
         totals = torch.stack(
             (
@@ -97,8 +113,11 @@ class ParallelModel:
     @torch.no_grad()
     def heldout_loss_sum(self, **inputs: Tensor) -> Tensor:
         """Return the summed loss of a whole batch, whose rows the processes share: the same on each."""
-        losses = [self.loss_sum(**part) for part in self._micro_batches(inputs)]
-        total = torch.stack(losses).double().sum() * self._counts_once
+        micro = list(self._micro_batches(inputs))
+        if self._pipeline is not None:
+            total = self._pipeline.heldout_loss(micro) * self._counts_once
+        else:
+            total = torch.stack([self.loss_sum(**part) for part in micro]).double().sum() * self._counts_once
         dist.all_reduce(total)
         return total
 
@@ -111,8 +130,11 @@ class ParallelModel:
         """Return the ranks whose parts make up the parameter, each part once, and which these are."""
         axis = self.mesh.axis
         tensors = range(axis["tensor"].size if name in self._tensor.slices else 1)
+        pipeline = 0
+        if self._pipeline is not None:
+            pipeline = self._pipeline.plan.stages_of(name)[0] % axis["pipeline"].size
         return [
-            (self.mesh.rank_at(data=0, fsdp=fsdp, tensor=tensor), self._part_at(name, tensor, fsdp))
+            (self.mesh.rank_at(pipeline=pipeline, data=0, fsdp=fsdp, tensor=tensor), self._part_at(name, tensor, fsdp))
             for fsdp in range(axis["fsdp"].size)
             for tensor in tensors
         ]
@@ -135,8 +157,35 @@ class ParallelModel:
 
     def _micro_batches(self, batch: Inputs) -> Iterator[Inputs]:
         axis = self.mesh.axis["context"]
-        parts = micro_batches(batch, self.mesh.num_parts, self.mesh.part, self._micro_batch_size, same_size=False)
+        parts = micro_batches(
+            batch,
+            self.mesh.num_parts,
+            self.mesh.part,
+            self._micro_batch_size,
+            same_size=self._pipeline is not None,
+            number=None if self._pipeline is None else self._pipeline.num_micro_batches,
+        )
         return (take_context(part, axis) if axis.size > 1 else part for part in parts)
+
+    def _first_copies(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters, without those that an earlier stage has a copy of."""
+        if self._pipeline is None:
+            yield from self.named
+            return
+        seen: set[str] = set()
+        for name, parameter in self.named:
+            here = self._pipeline.plan.stages_of(name)[0] in self._pipeline.stages
+            if here and name not in seen:
+                yield name, parameter
+            seen.add(name)
+
+    def _copies_of_stages(self) -> dict[str, Tensor]:
+        """A tensor like this process's part of each parameter that several stages have."""
+        if self._pipeline is None:
+            return {}
+        like = local_part(self.parameters[0].detach())
+        names = [name for name in self.shapes if len(self._pipeline.plan.stages_of(name)) > 1]
+        return {name: like.new_empty(self.part(name).shape) for name in names}
 
     def _sum_partial(self) -> None:
         """Sum over the tensor axis the gradients of what was applied to parts of the sequence."""

@@ -7,6 +7,7 @@ the data knows nothing of processes, and a run goes on with another number of th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,16 +19,25 @@ from warploom.parallel.mesh import split_sizes
 Inputs = dict[str, Any]
 
 
-def micro_batches(inputs: Inputs, num_parts: int, part: int, size: int, *, same_size: bool) -> list[Inputs]:
+def micro_batches(
+    inputs: Inputs,
+    num_parts: int,
+    part: int,
+    size: int,
+    *,
+    same_size: bool,
+    number: Callable[[int], int] | None = None,
+) -> list[Inputs]:
     """Return this part's rows of a batch in micro batches of at most size rows, equally many on every part.
 
     same_size: every micro batch has exactly size rows, the missing ones without targets; otherwise only one that would
-    be empty has such a row.
+    be empty has such a row. number: how many micro batches to make where so many are needed, or more.
     """
     sizes = split_sizes(len(inputs["tokens"]), num_parts)
     first, last = sum(sizes[:part]), sum(sizes[: part + 1])
     batches = []
-    for index in range(math.ceil(sizes[0] / size)):
+    needed = math.ceil(sizes[0] / size)
+    for index in range(needed if number is None else number(needed)):
         start = min(last, first + index * size)
         stop = min(last, start + size)
         missing = size - (stop - start) if same_size else int(start == stop)

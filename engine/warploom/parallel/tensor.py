@@ -46,6 +46,9 @@ class TensorPlan:
     partial: frozenset[str]
     """Whole parameters that each process applies to its part of the sequence: their gradients are to be summed."""
 
+    def __or__(self, other: TensorPlan) -> TensorPlan:
+        return TensorPlan(self.slices | other.slices, self.partial | other.partial)
+
 
 def apply_tensor(model: Transformer, axis: Axis) -> TensorPlan:
     """Cut the model's layers to the share of this process, and put the exchanges between them."""
