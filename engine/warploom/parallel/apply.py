@@ -70,8 +70,9 @@ class ParallelModel:
         self._tied = self._copies_of_stages()
         self.matrices = PartedMatrices(mesh, {p: (self.shapes[n], self._tensor.slices.get(n)) for n, p in self.named})
 
-    def loss_sum(self, **inputs: Tensor) -> Tensor:
-        return self._model.loss(reduction="sum", **inputs)
+    def loss_sum(self, tokens: Tensor, targets: Tensor, **inputs: Tensor) -> Tensor:
+        """As Transformer.loss, of the rows that these processes take together."""
+        return self._model.loss_of(self._model(tokens, **inputs), targets, "sum")
 
     def accumulate(self, loss_sum: Callable[..., Tensor], batches: list[Inputs], num_targets: int) -> Tensor:
         """Leave in .grad this process's part of the gradients of the whole batches' loss, summed over their targets
