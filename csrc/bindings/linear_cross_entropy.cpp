@@ -26,8 +26,8 @@ struct Inputs {
     N = targets.numel();
     const int64_t* target = data<int64_t>(std::as_const(targets));
     for (int64_t n = 0; n < N; ++n) {
-      TORCH_CHECK_VALUE(target[n] == ignore_index || (target[n] >= 0 && target[n] < V + sharded), "targets must be in [0, ", V,
-                        "), got ", target[n]);
+      TORCH_CHECK_VALUE(target[n] == ignore_index || (target[n] >= 0 && target[n] < V + sharded),
+                        "targets must be in [0, ", V, "), got ", target[n]);
       count += target[n] != ignore_index;
     }
     if (count < N) clear_ignored_rows();
@@ -59,7 +59,8 @@ struct Inputs {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& hidden, const Tensor& weight,
                                                                             const Tensor& targets, int64_t ignore_index,
-                                                                            bool need_dhidden, bool need_dweight, bool sharded) {
+                                                                            bool need_dhidden, bool need_dweight,
+                                                                            bool sharded) {
   TORCH_CHECK_VALUE(!need_dhidden && !need_dweight, "the gradients are made by linear_cross_entropy_bwd");
   const Inputs in(hidden, weight, targets, ignore_index, sharded);
   const auto stats = hidden.options().dtype(accumulator(hidden.scalar_type()));

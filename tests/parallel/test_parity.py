@@ -117,7 +117,8 @@ def check(case, results):
     learned_bias = case.get("model", {}).get("position") == "t5"
     limits = {
         "losses": 1e-5 if in_float32 else 1e-6,
-        "norms": 1e-5 if in_float32 else 1e-10,
+        # A small gradient is a difference of larger ones, so in float32 its norm carries more than their rounding.
+        "norms": 1e-4 if in_float32 else 1e-10,
         "weights": 1e-5 if in_float32 else 1e-6 if learned_bias else 1e-11,
     }
     for rank, result in enumerate(results):

@@ -19,8 +19,8 @@ from warploom.parallel.muon import PartedMatrices
 from warploom.parallel.pipeline import Pipeline, sum_copies
 from warploom.parallel.rows import Inputs, micro_batches
 from warploom.parallel.shard import Part, apply_shard, part_at
-from warploom.parallel.state import State, gather, take_apart
-from warploom.parallel.tensor import TensorPlan, apply_tensor
+from warploom.parallel.state import State, all_json, gather, take_apart
+from warploom.parallel.tensor import Slices, TensorPlan, apply_tensor
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class ParallelModel:
         if axis["tensor"].size > 1:
             for each in models:
                 self._tensor |= apply_tensor(each, axis["tensor"])
+            # How the parameters of other stages are cut is for the whole of them to be put together.
+            for said in all_json({name: (cut.dim, cut.sizes) for name, cut in self._tensor.slices.items()}):
+                others = {name: Slices(dim, tuple(sizes)) for name, (dim, sizes) in said.items()}
+                self._tensor |= TensorPlan(others, frozenset())
         # The context's exchange of heads is of those that tensor parallelism leaves here.
         if axis["context"].size > 1:
             for each in models:
