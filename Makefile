@@ -1,4 +1,5 @@
-# demo: train a small model on real text, sample from it, write a report.   test: all tests.
+# demo: train a small model on real text, sample from it, write a report.   test: all tests but the slow ones.
+# test-all: these too.
 # lint: formatters, types, layers.   asan: op tests under AddressSanitizer and UBSan.
 PYTHON ?= python3
 VENV   := .venv

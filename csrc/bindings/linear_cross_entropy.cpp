@@ -12,7 +12,8 @@ struct Inputs {
   Tensor hidden, weight, targets;
   int64_t N, C, V, ignore_index, count = 0;  // count: of the rows that are not ignored
 
-  Inputs(const Tensor& hidden_any, const Tensor& weight_any, const Tensor& targets_any, int64_t ignore_index)
+  Inputs(const Tensor& hidden_any, const Tensor& weight_any, const Tensor& targets_any, int64_t ignore_index,
+         bool sharded)
       : hidden(hidden_any.contiguous()),
         weight(weight_any.contiguous()),
         targets(targets_any.contiguous()),
@@ -25,8 +26,8 @@ struct Inputs {
     N = targets.numel();
     const int64_t* target = data<int64_t>(std::as_const(targets));
     for (int64_t n = 0; n < N; ++n) {
-      TORCH_CHECK_VALUE(target[n] == ignore_index || (target[n] >= 0 && target[n] < V), "targets must be in [0, ", V,
-                        "), got ", target[n]);
+      TORCH_CHECK_VALUE(target[n] == ignore_index || (target[n] >= 0 && target[n] < V + sharded),
+                        "targets must be in [0, ", V, "), got ", target[n]);
       count += target[n] != ignore_index;
     }
     if (count < N) clear_ignored_rows();
@@ -58,9 +59,10 @@ struct Inputs {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& hidden, const Tensor& weight,
                                                                             const Tensor& targets, int64_t ignore_index,
-                                                                            bool need_dhidden, bool need_dweight) {
+                                                                            bool need_dhidden, bool need_dweight,
+                                                                            bool sharded) {
   TORCH_CHECK_VALUE(!need_dhidden && !need_dweight, "the gradients are made by linear_cross_entropy_bwd");
-  const Inputs in(hidden, weight, targets, ignore_index);
+  const Inputs in(hidden, weight, targets, ignore_index, sharded);
   const auto stats = hidden.options().dtype(accumulator(hidden.scalar_type()));
   Tensor lse = at::empty({in.N}, stats);
   double loss = 0;
@@ -76,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(cons
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_bwd(const Tensor& scale, const Tensor& hidden, const Tensor& weight,
                                                     const Tensor& targets, const Tensor& lse, int64_t ignore_index,
-                                                    bool need_dhidden, bool need_dweight) {
-  const Inputs in(hidden, weight, targets, ignore_index);
+                                                    bool need_dhidden, bool need_dweight, bool sharded) {
+  const Inputs in(hidden, weight, targets, ignore_index, sharded);
   check("lse", lse, {in.N}, accumulator(hidden.scalar_type()));
   TORCH_CHECK_VALUE(scale.numel() == 1, "scale must hold one number, got shape ", scale.sizes());
   Tensor dhidden = need_dhidden ? at::empty(hidden.sizes(), hidden.options()) : at::empty({0}, hidden.options());
@@ -96,10 +98,10 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_bwd(const Tensor& scale, const T
 TORCH_LIBRARY_FRAGMENT(warploom_cpu, m) {
   m.def(
       "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_dhidden, "
-      "bool need_dweight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool need_dweight, bool sharded=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_cross_entropy_bwd(Tensor scale, Tensor hidden, Tensor weight, Tensor targets, Tensor lse, "
-      "int ignore_index, bool need_dhidden, bool need_dweight) -> (Tensor, Tensor)");
+      "int ignore_index, bool need_dhidden, bool need_dweight, bool sharded=False) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(warploom_cpu, CPU, m) {

@@ -85,6 +85,7 @@ void linear_cross_entropy_fwd(const LinearCrossEntropyForward<T, W>& args) {
   const int64_t blocks = (args.V + per_block - 1) / per_block;
   S* block_lse = scratch<S>(0, blocks * N);  // (blocks, N)
   S* target_logits = scratch<S>(1, N);
+  for (int64_t m = 0; m < N; ++m) target_logits[m] = 0;  // stays so for words of other shards
   const Operand<T, /*kAlongK=*/true> hidden = {args.hidden, C, N, C};
 
   parallel_for(blocks, [&](int64_t block) {

@@ -12,7 +12,7 @@ template <class T, class W>
 struct LinearCrossEntropyForward {
   const T* hidden;         // (N, C)
   const W* weight;         // (V, C)
-  const int64_t* targets;  // (N,), below V where not ignored
+  const int64_t* targets;  // (N,), at most V where not ignored; V is a word of another shard
   int64_t ignore_index;
   typename Accumulator<T>::type* lse;  // (N,): natural log of the sum of exponentials
   double* loss;                        // the sum over the rows that are not ignored, nats

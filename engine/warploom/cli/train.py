@@ -14,11 +14,13 @@ from warploom.errors import UserError
 from warploom.models.config import TransformerConfig
 from warploom.models.presets import preset
 from warploom.optim import OptimizerConfig, ScheduleConfig
+from warploom.parallel import ParallelConfig
 from warploom.train.budget import parse_duration
 from warploom.train.config import RunConfig, TrainConfig
 from warploom.train.device import choose_device, choose_dtype
 from warploom.train.estimate import estimate
 from warploom.train.monitor import format_duration
+from warploom.train.processes import is_first_process, joined
 from warploom.train.run import TextConfig, TextRun, train_on_text
 
 
@@ -34,13 +36,15 @@ class Command:
     preset: str | None = None
     """A model by name, such as nano, tiny, small or gpt2; --model.* changes parts of it."""
     config: Path | None = None
-    """A TOML file with the settings below, as [model], [train], [optimizer], [schedule], [text]; flags win over it."""
+    """A TOML file with the settings below, as [model], [train], [optimizer], [schedule], [parallel], [text]; flags win
+    over it."""
     dry_run: bool = False
     """Print the configuration, parameters, FLOPs per token and memory, and stop."""
     model: TransformerConfig = field(default_factory=lambda: preset("small"))
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
     @staticmethod
@@ -54,17 +58,28 @@ class Command:
                 f"budget {self.budget} chooses the model, and so does preset {self.preset}; leave one of them out"
             )
         budget_s = None if self.budget is None else parse_duration(self.budget)
-        config = RunConfig(self.model, self.train, self.optimizer, self.schedule)
+        config = RunConfig(self.model, self.train, self.optimizer, self.schedule, self.parallel)
         if self.dry_run:
             dry_run(config)
             return 0
-        done = train_on_text(
-            self.data, config, text=self.text, budget_s=budget_s, started=started, console=Console(soft_wrap=True)
-        )
+        console = Console(soft_wrap=True, quiet=not is_first_process())
+        with joined(config) as (config, parallelize):
+            if budget_s is not None and parallelize is not None:
+                raise UserError(f"budget {self.budget} plans for one process; leave it out, or start one process")
+            done = train_on_text(
+                self.data,
+                config,
+                text=self.text,
+                budget_s=budget_s,
+                started=started,
+                console=console,
+                parallelize=parallelize,
+            )
         if done.result.stop_signal is not None:
-            print(f"The checkpoint is {done.result.checkpoint}; the same command goes on from there.")
+            console.print(f"The checkpoint is {done.result.checkpoint}; the same command goes on from there.")
             return 128 + done.result.stop_signal
-        show(done)
+        if is_first_process():
+            show(done)
         return 0
 
 

@@ -31,14 +31,20 @@ from warploom.nn.attention import AttentionCache, AttentionContext
 from warploom.nn.embedding import Embedding
 from warploom.nn.linear import Linear
 from warploom.nn.norm import Norm
-from warploom.ops.linear_cross_entropy import linear_cross_entropy
+from warploom.ops.linear_cross_entropy import ClassShard, linear_cross_entropy
 
 # The last module of each sub-layer: what it returns is added to the residual stream.
 RESIDUAL_WRITERS = ("o_proj", "down_proj")
 
 
 class Stack(nn.Module):
-    """Positions, blocks and final norm. causal: no token sees a later one. cross: blocks read an encoded source."""
+    """Positions, blocks and final norm. causal: no token sees a later one. cross: blocks read an encoded source.
+
+    begins, ends: whether embedded tokens come in and normalised states go out, or those in between, where the blocks
+    of a stack are shared by several processes.
+    """
+
+    begins = ends = True
 
     def __init__(self, config: TransformerConfig, num_layers: int, causal: bool, cross: bool) -> None:
         super().__init__()
@@ -85,7 +91,8 @@ class Stack(nn.Module):
             memory=memory,
             memory_lengths=memory_lengths,
         )
-        x = self.dropout(self.position.embed(x, positions).to(dtype))
+        if self.begins:
+            x = self.dropout(self.position.embed(x, positions).to(dtype))
         stream = None
         for block in self.blocks:
             if recompute:
@@ -107,6 +114,7 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.gradient_checkpointing = False
+        self.class_shard: ClassShard | None = None  # set where other processes hold the rest of the vocabulary
         scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.embedding = Embedding(config.vocab_size, config.d_model, scale)
         self.source_embedding: Embedding | None = None
@@ -169,7 +177,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the hidden states after the final norm, (B, T, C) in compute_dtype.
 
-        tokens: (B, T) int64. embedded: embedding(tokens), (B, T, C), if the caller has it already. positions: (T,) or (B, T) int64, consecutive within a document; 0, 1, ... if None.
+        tokens: (B, T) int64. embedded: embedding(tokens), (B, T, C), if the caller has it already. positions: (T,) or
+        (B, T) int64, consecutive within a document; 0, 1, ... if None.
         lengths: (B,) integers, tokens per row; an encoder hides the padding behind them, a decoder does so by being
         causal. What is returned at padding means nothing.
         cu_seqlens: (number of documents + 1,) int32 offsets into the B * T tokens read row after row: documents that
@@ -252,6 +261,14 @@ class Transformer(nn.Module):
             embedded, output_weight = self.embedding.with_weight(tokens)
         hidden = self(tokens, embedded=embedded, **arguments)
         return linear_cross_entropy(hidden, output_weight, targets, reduction=reduction)
+
+    def loss_of(self, hidden: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+        """Return the loss of targets (B, T) from the hidden states (B, T, C) that forward returns.
+
+        The one to call where the weights lie in parts on several processes: it asks for the output layer's when the
+        forward pass has gathered them.
+        """
+        return linear_cross_entropy(hidden, self.output_weight, targets, reduction=reduction, shard=self.class_shard)
 
     def num_parameters(self) -> int:
         """Return the number of parameters; a weight that is used twice counts once."""

@@ -55,7 +55,12 @@ class AttentionContext:
 
 
 class _Attention(nn.Module):
-    """The four projections; the heads of q, k and v are consecutive groups of head_dim rows of their weights."""
+    """The four projections; the heads of q, k and v are consecutive groups of head_dim rows of their weights.
+
+    attend: ops.attention, or what exchanges its arguments with other processes around it.
+    """
+
+    attend: Callable[..., Tensor] = staticmethod(attention)
 
     def __init__(
         self,
@@ -106,7 +111,7 @@ class SelfAttention(_Attention):
         if context.bias is not None and context.bias.dim() == 4:
             o = _attention_by_row(q, k, v, context.bias, key_lengths, context.causal)
         else:
-            o = attention(
+            o = self.attend(
                 *(q, k, v),
                 causal=context.causal,
                 bias=context.bias,
@@ -141,7 +146,7 @@ class CrossAttention(_Attention):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x: (B, T, C), any floating dtype; returns the same. context.memory: (B, S, C) of x's dtype."""
         k, v = self._memory_heads(context)
-        return self._output(attention(self._heads(self.q_proj(x)), k, v, key_lengths=context.memory_lengths))
+        return self._output(self.attend(self._heads(self.q_proj(x)), k, v, key_lengths=context.memory_lengths))
 
     def _memory_heads(self, context: AttentionContext) -> tuple[Tensor, Tensor]:
         if context.cache is not None and self.layer in context.cache.cross:

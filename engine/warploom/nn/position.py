@@ -87,13 +87,14 @@ class AlibiPosition(NoPosition):
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.heads = slice(None)  # those of this process, where heads are shared out
 
     def slopes(self, device: torch.device) -> Tensor:
-        """(H,) float32."""
+        """(H,) float32, of the heads in self.heads."""
         power = 2 ** int(math.log2(self.num_heads))
         main = torch.arange(1, power + 1, device=device) * (-8 / power)
         extra = (2 * torch.arange(self.num_heads - power, device=device) + 1) * (-4 / power)
-        return torch.cat([main, extra]).exp2()
+        return torch.cat([main, extra]).exp2()[self.heads]
 
     def bias(self, positions: Tensor, num_keys: int) -> Tensor:
         distance = _relative_position(positions, num_keys).abs()

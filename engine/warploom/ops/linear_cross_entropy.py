@@ -8,7 +8,7 @@ dweight is then written once. The second is taken for 16-bit hidden states, whos
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,27 @@ CHUNK_ELEMENTS = 1 << 22
 CHUNK_ROWS = 512
 
 
+class ClassShard(Protocol):
+    """Where the classes of a weight lie among all classes, the rest being on other processes."""
+
+    first: int
+    """The class of the weight's first row."""
+
+    def combined_lse(self, lse: Tensor) -> Tensor:
+        """Return each row's log-sum-exp over all classes, (N,), from those over the classes of every shard."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of a scalar over the shards."""
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     ignore_index: int = -100,
     reduction: Literal["mean", "sum"] = "mean",
+    *,
+    shard: ClassShard | None = None,
 ) -> Tensor:
     """Return the mean (or sum) of -log softmax(hidden weight^T)[target] in nats: a float32 scalar.
 
@@ -40,6 +55,8 @@ def linear_cross_entropy(
     mean NaN, and the gradients zero, as in torch. float64 in, float64 out.
     The products run in hidden's dtype (weight is cast to it), so bf16 logits carry bf16's 8 bits, as under torch's
     autocast; all else is float32, and dweight is summed over the chunks in float32 and returned in weight's dtype.
+    shard: weight holds some of the classes and each process calls with the same hidden and targets. The loss is then
+    that over all classes, on every process, and dhidden is this shard's share of a sum. No logits are exchanged.
     Raises ValueError for a wrong shape, reduction or target (targets are read on the CPU only), TypeError for a wrong
     dtype.
     """
@@ -61,15 +78,10 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     with_grad = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(
-        hidden,
-        weight,
-        targets,
-        ignore_index,
-        reduction == "mean",
-        with_grad and hidden.requires_grad,
-        with_grad and weight.requires_grad,
-    )
+    needs = with_grad and hidden.requires_grad, with_grad and weight.requires_grad
+    if shard is None:
+        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, reduction == "mean", *needs)
+    return _ShardedLinearCrossEntropy.apply(hidden, weight, targets, ignore_index, reduction == "mean", *needs, shard)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -98,27 +110,73 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, *(None,) * 5
 
 
+class _ShardedLinearCrossEntropy(torch.autograd.Function):
+    """The way by recomputation: the backward pass needs the log-sum-exp over all classes, known only after the
+    forward pass of every shard."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index, mean, need_dhidden, need_dweight, shard):
+        V = weight.shape[0]
+        here = (targets >= shard.first) & (targets < shard.first + V)
+        local = torch.where(here, targets - shard.first, V)
+        local = local.where(targets != ignore_index, ignore_index)
+        loss, count, lse, *_ = torch.ops.warploom.linear_cross_entropy_fwd.default(
+            hidden, weight, local, ignore_index, False, False, True
+        )
+        kept = (local != ignore_index).reshape(-1)
+        # The op's loss is lse - target logit, with logit 0 for targets of other shards.
+        target_logits = lse.double().where(kept, 0.0).sum() - loss.double()
+        lse = shard.combined_lse(lse)
+        total = (lse.double().where(kept, 0.0).sum() - shard.total(target_logits)).to(loss.dtype)
+        ctx.save_for_backward(count, hidden, weight, local, lse)
+        ctx.ignore_index, ctx.mean, ctx.needs = ignore_index, mean, (need_dhidden, need_dweight)
+        return total / count if mean else total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        count, *saved = ctx.saved_tensors
+        scale = dloss / count.clamp(min=1) if ctx.mean else dloss
+        gradients = torch.ops.warploom.linear_cross_entropy_bwd.default(
+            scale, *saved, ctx.ignore_index, *ctx.needs, True
+        )
+        dhidden, dweight = (gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True))
+        return dhidden, dweight, *(None,) * 6
+
+
 def linear_cross_entropy_reference(hidden, weight, targets, ignore_index=-100, reduction="mean"):
     logits = F.linear(hidden, weight.to(hidden.dtype)).reshape(-1, weight.shape[0])
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, targets.reshape(-1), ignore_index=ignore_index, reduction=reduction)
 
 
-def _check_values(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
+def _check_values(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
     V = weight.shape[0]
-    wrong = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
+    wrong = ((targets < 0) | (targets >= V + sharded)) & (targets != ignore_index)
     if wrong.any():
         value = int(targets[wrong][0])
         raise ValueError(f"targets must be in [0, {V}) or ignore_index {ignore_index}, got {value}")
 
 
-def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
-    """The gradients of the sum are made here, while a chunk's logits are there: computing them again in the backward
+def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
+    return _reference_pass(hidden, weight, targets, None, ignore_index, need_dhidden, need_dweight)
+
+
+def _reference_bwd(scale, hidden, weight, targets, lse, ignore_index, need_dhidden, need_dweight, sharded=False):
+    *_, dhidden, dweight = _reference_pass(hidden, weight, targets, lse, ignore_index, need_dhidden, need_dweight)
+    return dhidden * scale.to(dhidden.dtype), dweight * scale.to(dweight.dtype)
+
+
+def _reference_pass(hidden, weight, targets, lse, ignore_index, need_dhidden, need_dweight):
+    """lse: (N,), or None to have it made of these logits. A target of V is a class of another shard: its logit counts
+    as 0, and no probability is lowered by 1 for it.
+    The gradients of the sum are made here, while a chunk's logits are there: computing them again in the backward
     would cost a third more products, and without kernels of one's own the products are all of the cost."""
     V, C = weight.shape
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     kept = (targets != ignore_index).reshape(-1, 1)  # (N, 1)
-    targets = targets.reshape(-1, 1).where(kept, 0)
+    here = kept & (targets.reshape(-1, 1) != V)
+    targets = targets.reshape(-1, 1).where(here, 0)
     # With hidden zero, an ignored row adds nothing to dweight, at the cost of a pass over C columns instead of V.
     x = hidden.reshape(-1, C).where(kept, 0.0)
     w = weight.to(hidden.dtype)
@@ -128,7 +186,8 @@ def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dwe
     products = x.new_empty(chunk, V)
     buffer = products if hidden.dtype == wide else products.to(wide)
     loss = torch.zeros((), dtype=wide, device=x.device)
-    lse = loss.new_empty(N)
+    make_lse = lse is None
+    lse = loss.new_empty(N) if make_lse else lse
     dhidden = x.new_empty((N, C) if need_dhidden else 0)
     dweight = torch.zeros((V, C) if need_dweight else 0, dtype=wide, device=x.device)
     partial = torch.empty_like(w) if need_dweight and hidden.dtype != wide else None
@@ -138,13 +197,14 @@ def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dwe
         logits = torch.mm(x[rows], w.mT, out=products[:n])  # (n, V)
         if logits.dtype != wide:
             logits = buffer[:n].copy_(logits)
-        torch.logsumexp(logits, 1, out=lse[rows])
+        if make_lse:
+            torch.logsumexp(logits, 1, out=lse[rows])
         log_p = logits.sub_(lse[rows, None])
-        loss -= log_p.gather(1, targets[rows]).where(kept[rows], 0.0).sum()
+        loss -= log_p.gather(1, targets[rows]).where(here[rows], -lse[rows, None]).where(kept[rows], 0.0).sum()
         if not (need_dhidden or need_dweight):
             continue
         dlogits = log_p.exp_()
-        dlogits.scatter_add_(1, targets[rows], dlogits.new_full((n, 1), -1.0))
+        dlogits.scatter_add_(1, targets[rows], -here[rows].to(dlogits.dtype))
         if dlogits.dtype != x.dtype:
             dlogits = products[:n].copy_(dlogits)
         if need_dhidden:
@@ -158,19 +218,14 @@ def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dwe
     return loss, kept.sum().to(wide), lse, dhidden, dweight.to(weight.dtype)
 
 
-def _reference_bwd(scale, hidden, weight, targets, lse, ignore_index, need_dhidden, need_dweight):
-    *_, dhidden, dweight = _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight)
-    return dhidden * scale.to(dhidden.dtype), dweight * scale.to(dweight.dtype)
-
-
-def _fake_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
+def _fake_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss = hidden.new_empty((), dtype=wide)
     lse = loss.new_empty(targets.numel())
     return loss, torch.empty_like(loss), lse, *_fake_gradients(hidden, weight, need_dhidden, need_dweight)
 
 
-def _fake_bwd(scale, hidden, weight, targets, lse, ignore_index, need_dhidden, need_dweight):
+def _fake_bwd(scale, hidden, weight, targets, lse, ignore_index, need_dhidden, need_dweight, sharded=False):
     return _fake_gradients(hidden, weight, need_dhidden, need_dweight)
 
 
@@ -178,7 +233,7 @@ def _fake_gradients(hidden, weight, need_dhidden, need_dweight):
     return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
 
 
-def _cpu_refuses(hidden, weight, targets, ignore_index, need_dhidden, need_dweight):
+def _cpu_refuses(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
     if need_dhidden or need_dweight:
         return "its gradients are made in the backward pass, and the call wants them in the forward pass"
     return None
@@ -219,9 +274,9 @@ OP = Op(
     torch_peer=linear_cross_entropy_reference,  # whole logits, as a torch user writes it
     schemas={
         "fwd": "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_dhidden, "
-        "bool need_dweight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "bool need_dweight, bool sharded=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         "bwd": "(Tensor scale, Tensor hidden, Tensor weight, Tensor targets, Tensor lse, int ignore_index, "
-        "bool need_dhidden, bool need_dweight) -> (Tensor, Tensor)",
+        "bool need_dhidden, bool need_dweight, bool sharded=False) -> (Tensor, Tensor)",
     },
     fakes={"fwd": _fake_fwd, "bwd": _fake_bwd},
     checks={"fwd": _check_values},

@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from warploom.ops import adamw
 from warploom.ops.linear import PackedWeight
+from warploom.optim.parts import local_part
 
 # Parameters, gradients, exp_avg, exp_avg_sq, max_exp_avg_sq (empty without amsgrad), step.
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -126,8 +127,8 @@ class AdamW(torch.optim.AdamW):
             if not state:
                 self._start(state, param, group)
             params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = found[param.device, param.dtype, grad.dtype]
-            params.append(param)
-            grads.append(grad)
+            params.append(local_part(param))
+            grads.append(local_part(grad))
             exp_avgs.append(state["exp_avg"])
             exp_avg_sqs.append(state["exp_avg_sq"])
             if group["amsgrad"]:
@@ -141,7 +142,7 @@ class AdamW(torch.optim.AdamW):
         device = param.device if group["capturable"] else "cpu"
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state[name] = torch.zeros_like(local_part(param), memory_format=torch.preserve_format)
 
 
 def _torch_step(group: dict[str, Any], lists: _Lists) -> None:

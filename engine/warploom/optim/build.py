@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from warploom.errors import UserError
 from warploom.ops.linear import PackedWeight
 from warploom.optim.adamw import AdamW
-from warploom.optim.muon import Muon
+from warploom.optim.muon import MatrixExchange, Muon
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ def build_optimizers(
     *,
     muon_dtype: torch.dtype = torch.float32,
     packed: Mapping[Tensor, PackedWeight] | None = None,
+    exchange: MatrixExchange | None = None,
 ) -> list[AdamW | Muon]:
     """Return the optimizers that together hold every trainable parameter of model once, AdamW as the last.
 
     Hidden matrices are the parameters of two dimensions that belong to no embedding and not to the output layer.
     Each group keeps its peak learning rate under "peak_lr". muon_dtype is the dtype of Muon's matrix products.
     packed: what nn.linear.keep_packed returned for model; AdamW then writes it in its own pass.
+    exchange: for matrices that lie in parts on several processes.
     """
     hidden = _hidden_matrices(model)
     is_hidden = {id(p) for p in hidden}
@@ -69,7 +71,12 @@ def build_optimizers(
     optimizers: list[AdamW | Muon]
     if config.name == "muon":
         muon = Muon(
-            hidden, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay, dtype=muon_dtype
+            hidden,
+            lr=config.muon_lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            dtype=muon_dtype,
+            exchange=exchange,
         )
         optimizers = [muon, adamw([no_decay])]
     else:
@@ -82,5 +89,5 @@ def build_optimizers(
 
 def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    tables.add(id(getattr(model, "output_weight", None)))
+    tables.update(id(getattr(m, "output_weight", None)) for m in model.modules())
     return [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in tables]

@@ -6,22 +6,36 @@ as a batch, and the dtype is the caller's: bfloat16 products are emulated, and s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from warploom.optim.parts import local_part
 
 # Jordan's quintic: steepest at 0, so that five steps bring singular values from 1e-3 up into about 0.7 to 1.2.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _NUM_ITERATIONS = 5
 
 
+class MatrixExchange(Protocol):
+    """Matrices that lie in parts on several processes."""
+
+    def whole_shape(self, param: Tensor) -> tuple[int, ...]: ...
+    def apply(self, function: Callable[[Tensor], Tensor], params: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
+        """Return this process's parts of function(matrices), (K, M, N) to (K, M, N); parts: its parts of matrices that
+        lie as params do and have one whole shape. Every process calls with the same params, in the same order."""
+
+
 class Muon(Optimizer):
     """Nesterov momentum whose update is the nearest (semi-)orthogonal matrix, with decoupled weight decay.
 
     params: matrices (2-D). The update's root mean square is 0.2, AdamW's usual one, whatever the matrix's shape, so
-    that one learning rate serves all. Its products run in dtype. Raises ValueError for a parameter that is not 2-D.
+    that one learning rate serves all. Its products run in dtype. exchange: for matrices that lie in parts on several
+    processes. Raises ValueError for a parameter that is not 2-D.
     """
 
     def __init__(
@@ -32,9 +46,10 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         dtype: torch.dtype = torch.float32,
+        exchange: MatrixExchange | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._dtype = dtype
+        self._dtype, self._exchange = dtype, exchange
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dim() != 2:
@@ -47,27 +62,41 @@ class Muon(Optimizer):
             by_shape: dict[tuple[int, ...], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(tuple(p.shape), []).append(p)
-            for params in by_shape.values():
-                self._step_same_shape(params, grad_factor, group["lr"], group["momentum"], group["weight_decay"])
+                    by_shape.setdefault(self._shape(p), []).append(p)
+            for shape, params in by_shape.items():
+                self._step_same_shape(shape, params, grad_factor, group["lr"], group["momentum"], group["weight_decay"])
 
     def _step_same_shape(
-        self, params: list[Tensor], grad_factor: float, lr: float, momentum: float, weight_decay: float
+        self,
+        shape: tuple[int, ...],
+        params: list[Tensor],
+        grad_factor: float,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
     ) -> None:
         updates = []
         for p in params:
             state = self.state[p]
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"] = torch.zeros_like(local_part(p))
             assert p.grad is not None
-            grad = p.grad if grad_factor == 1.0 else p.grad * grad_factor
+            grad = local_part(p.grad)
+            grad = grad if grad_factor == 1.0 else grad * grad_factor
             buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
             updates.append(grad.lerp(buffer, momentum))
-        rows, columns = params[0].shape
         # An orthogonal (rows, columns) matrix has root mean square 1 / sqrt(max(rows, columns)).
-        step_size = 0.2 * max(rows, columns) ** 0.5 * lr
-        for p, update in zip(params, orthogonalize(torch.stack(updates), self._dtype), strict=True):
-            p.mul_(1 - lr * weight_decay).add_(update, alpha=-step_size)
+        step_size = 0.2 * max(shape) ** 0.5 * lr
+        function = partial(orthogonalize, dtype=self._dtype)
+        if self._exchange is None:
+            directions = list(function(torch.stack(updates)))
+        else:
+            directions = self._exchange.apply(function, params, updates)
+        for p, direction in zip(params, directions, strict=True):
+            local_part(p).mul_(1 - lr * weight_decay).add_(direction, alpha=-step_size)
+
+    def _shape(self, param: Tensor) -> tuple[int, ...]:
+        return tuple(param.shape) if self._exchange is None else self._exchange.whole_shape(param)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

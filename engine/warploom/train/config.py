@@ -12,8 +12,9 @@ from typing import Any, Literal
 from warploom.errors import UserError, nearest
 from warploom.models.config import TransformerConfig
 from warploom.optim import OptimizerConfig, ScheduleConfig
+from warploom.parallel import ParallelConfig
 
-__all__ = ["OptimizerConfig", "RunConfig", "ScheduleConfig", "TrainConfig", "TransformerConfig"]
+__all__ = ["OptimizerConfig", "ParallelConfig", "RunConfig", "ScheduleConfig", "TrainConfig", "TransformerConfig"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.train.seq_len > self.model.max_seq_len:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -32,6 +32,9 @@ from warploom.train.monitor import Monitor
 from warploom.train.probe import plan_on_this_machine
 from warploom.train.report import Sample, write_report
 from warploom.train.trainer import Trainer, TrainResult
+
+if TYPE_CHECKING:
+    from warploom.parallel.apply import Parallelize
 
 SAMPLE_TEMPERATURES = (0.2, 0.7, 1.0)
 _PROMPT_TOKENS = 12
@@ -114,11 +117,13 @@ def train_on_text(
     budget_s: float | None = None,
     started: float | None = None,
     console: Console | None = None,
+    parallelize: Parallelize | None = None,
 ) -> TextRun:
     """Tokenize, train, sample and report; everything is written into config.train.out_dir.
 
     data: see open_text. With budget_s, seconds from `started` (a time.monotonic(), now if None), the model, the batch,
     the optimizer and the length of the run are chosen and what config says of them is not used.
+    parallelize: for a run of many processes, each of which calls; train.processes.joined makes it.
     Raises UserError for what a person can mend.
     """
     started = time.monotonic() if started is None else started
@@ -132,7 +137,7 @@ def train_on_text(
         words = before.model.vocab_size
     elif budget_s is not None and text.tokenizer is None and not _is_shards(data):
         words = vocab_size(sum(path.stat().st_size for path in list_files(list(data) or stdlib_paths())))
-    dataset = open_text(data, out_dir, text, words, console)
+    dataset = _open_text_once(data, out_dir, text, words, console, parallelize)
 
     plan: BudgetPlan | None = None
     if before is not None:
@@ -149,10 +154,21 @@ def train_on_text(
 
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model)
-    monitor = Monitor(out_dir, console=console)
-    result = Trainer(model, dataset, config, tokenizer=dataset.tokenizer, monitor=monitor, deadline=deadline).fit()
-    if result.stop_signal is not None:
+    is_first = parallelize is None or parallelize.mesh.rank == 0
+    result = Trainer(
+        model,
+        dataset,
+        config,
+        tokenizer=dataset.tokenizer,
+        monitor=Monitor(out_dir, console=console) if is_first else None,
+        deadline=deadline,
+        parallelize=parallelize,
+    ).fit()
+    if result.stop_signal is not None or not is_first:
         return TextRun(result, config, (), None, time.monotonic() - started)
+    if parallelize is not None:  # the weights are in parts; the checkpoint has them whole
+        assert result.checkpoint is not None
+        model = load_model(result.checkpoint).model
     model.compute_dtype = torch.float32
     samples = write_samples(model, dataset, config.train.sample_prompts, config.train.seed)
     report = write_report(
@@ -166,6 +182,23 @@ def train_on_text(
         plan=() if plan is None else plan.explanation,
     )
     return TextRun(result, config, tuple(samples), report, time.monotonic() - started)
+
+
+def _open_text_once(
+    data: Sequence[str | Path],
+    out_dir: Path,
+    text: TextConfig,
+    vocab_size: int,
+    console: Console,
+    parallelize: Parallelize | None,
+) -> TokenDataset:
+    """Let the first process encode the text, and the others open what it wrote."""
+    if parallelize is None:
+        return open_text(data, out_dir, text, vocab_size, console)
+    if parallelize.mesh.rank == 0:
+        dataset = open_text(data, out_dir, text, vocab_size, console)
+    parallelize.mesh.barrier()
+    return dataset if parallelize.mesh.rank == 0 else open_text(data, out_dir, text, vocab_size, console)
 
 
 def planned_config(config: RunConfig, plan: BudgetPlan) -> RunConfig:

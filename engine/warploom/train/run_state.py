@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,8 +22,12 @@ from warploom.checkpoint.load import differing_fields, find_checkpoint, load_che
 from warploom.checkpoint.optimizer import flatten_optimizer, restore_optimizer
 from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
+from warploom.models.transformer import Transformer
 from warploom.train.batches import BatchStream
 from warploom.train.config import RunConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from warploom.parallel.apply import ParallelModel
 
 # Settings that decide the meaning of what a checkpoint holds: shapes, optimizer state, position in the data.
 _FIXED = (
@@ -31,7 +36,7 @@ _FIXED = (
     *(f"train.{name}:" for name in ("seed", "seq_len", "global_batch_size", "separate_documents")),
 )
 _LENGTH = ("train.steps:", "train.epochs:")
-_OF_NO_CONSEQUENCE = ("train.out_dir:", "train.resume:", "train.log_every:", "train.sample_prompts:")
+_OF_NO_CONSEQUENCE = ("train.out_dir:", "train.resume:", "train.log_every:", "train.sample_prompts:", "parallel:")
 
 
 @dataclass
@@ -60,19 +65,24 @@ def capture(
     stream: BatchStream,
     config: RunConfig,
     tokenizer: Tokenizer | None,
+    parallel: ParallelModel | None = None,
 ) -> CheckpointState:
-    """Return the state of the run; its tensors are the model's and the optimizers' own, not copies."""
+    """Return the state of the run; its tensors are the model's and the optimizers' own, not copies.
+
+    With a parallel model all processes must call, and the whole state is what rank 0 gets.
+    """
     random_tensors, random_values = rng.capture()
+    named = list(model.named_parameters()) if parallel is None else parallel.named
     optimizer_tensors: dict[str, Tensor] = {}
     optimizer_values: dict[str, Any] = {}
     for optimizer in optimizers:
         name = _name(optimizer)
-        tensors, optimizer_values[name] = flatten_optimizer(optimizer, model.named_parameters(), prefix=f"{name}/")
+        tensors, optimizer_values[name] = flatten_optimizer(optimizer, named, prefix=f"{name}/")
         optimizer_tensors.update(tensors)
     is_evaluated = progress.step == progress.evaluated_step > 0
-    return CheckpointState(
+    state = CheckpointState(
         step=progress.step,
-        weights=model.state_dict(),
+        weights=model.state_dict() if parallel is None else {},
         optimizer=optimizer_tensors,
         meta={
             "config": config.to_dict(),
@@ -86,6 +96,9 @@ def capture(
         tokenizer=None if tokenizer is None else tokenizer.to_bytes(),
         heldout_loss=progress.curve[-1]["heldout_loss"] if is_evaluated else None,
     )
+    if parallel is not None:
+        parallel.gather(state)
+    return state
 
 
 def find_state(config: TrainConfig, on_message: Callable[[str], None]) -> tuple[Path, CheckpointState] | None:
@@ -114,6 +127,7 @@ def restore(
     config: RunConfig,
     planned_steps: int,
     on_message: Callable[[str], None],
+    parallel: ParallelModel | None = None,
 ) -> Progress:
     """Put the state into the model, the optimizers and the generators, and return its progress. The data is the
     caller's to restore, and must not draw random numbers.
@@ -126,12 +140,20 @@ def restore(
         raise UserError(
             f"{path} was trained with other settings ({'; '.join(fatal)}); set them back, or choose another out_dir"
         )
-    load_weights(model, state.weights)
+    if parallel is None:
+        named = list(model.named_parameters())
+        load_weights(model, state.weights)
+    else:
+        named = parallel.named
+        with torch.device("meta"):
+            load_weights(Transformer(config.model), state.weights)  # refuses what does not fit the whole model
+        for message in parallel.take_apart(state):
+            on_message(message)
     for optimizer in optimizers:
         configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         name = _name(optimizer)
         values = state.meta["optimizer"][name]
-        restore_optimizer(optimizer, state.optimizer, values, model.named_parameters(), prefix=f"{name}/")
+        restore_optimizer(optimizer, state.optimizer, values, named, prefix=f"{name}/")
         for group, options in zip(optimizer.param_groups, configured, strict=True):
             group.update(options)
     progress = Progress(**state.meta["progress"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,33 @@ class ClippingOptimizer(Protocol):
     def step(self, closure: None = None, *, grad_factor: float = 1.0) -> object: ...
 
 
+class Processes(Protocol):
+    """Where the model is: in one process, or in parts on many (parallel.apply.ParallelModel)."""
+
+    def accumulate(self, loss_sum: Callable[..., Tensor], batches: list[dict[str, Any]], num_targets: int) -> Tensor:
+        """Leave the gradients of the batches' summed loss / num_targets in .grad; return this process's share of it."""
+
+    def totals(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """Return the loss and the norm of the gradient, over all processes."""
+
+
+class OneProcess:
+    def accumulate(self, loss_sum: Callable[..., Tensor], batches: list[dict[str, Any]], num_targets: int) -> Tensor:
+        loss = torch.zeros((), device=batches[0]["tokens"].device)
+        for inputs in batches:
+            # Dividing by the count of the whole global batch makes the split invisible: a mean of means would not be.
+            micro_loss = loss_sum(**inputs) / num_targets
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        return loss
+
+    def totals(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        return loss, grad_norm([p.grad for p in parameters if p.grad is not None])
+
+
+ONE_PROCESS = OneProcess()
+
+
 def training_step(
     loss_sum: Callable[..., Tensor],
     micro_batches: Sequence[Batch],
@@ -34,24 +61,20 @@ def training_step(
     optimizers: Sequence[ClippingOptimizer],
     *,
     grad_clip: float,
+    processes: Processes = ONE_PROCESS,
 ) -> StepOutcome:
     """Make one update from the mean loss over all targets of the micro batches, however they are split.
 
     loss_sum(tokens, targets, **inputs) returns the sum of the losses of one micro batch's targets, a scalar. A loss or
     gradient that is not finite makes no update; neither does a batch without targets, whose mean is 0 / 0.
+    With several processes micro_batches is the whole global batch on each, and each takes its share.
     """
     device = parameters[0].device
     num_targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in micro_batches)
     for parameter in parameters:
         parameter.grad = None
-    loss = torch.zeros((), device=device)
-    for batch in micro_batches:
-        # Dividing by the count of the whole global batch makes the split invisible: a mean of means would not be.
-        micro_loss = loss_sum(**inputs_to(batch, device)) / num_targets
-        micro_loss.backward()
-        loss += micro_loss.detach()
-
-    norm = grad_norm([p.grad for p in parameters if p.grad is not None])
+    loss = processes.accumulate(loss_sum, [inputs_to(batch, device) for batch in micro_batches], num_targets)
+    loss, norm = processes.totals(loss, parameters)
     # One read of both for the host: a step that is not finite must not reach the optimizers.
     loss_value, norm_value = torch.stack((loss, norm)).tolist()
     skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))

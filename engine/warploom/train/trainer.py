@@ -8,14 +8,17 @@ import math
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from warploom.checkpoint.format import list_checkpoints, step_of
+from warploom.checkpoint.format import folder_name, list_checkpoints, step_of
 from warploom.checkpoint.lock import RunLock
 from warploom.checkpoint.retention import apply_retention
 from warploom.checkpoint.save import SaveFailed, save_checkpoint
@@ -25,6 +28,7 @@ from warploom.errors import UserError
 from warploom.models.transformer import Transformer
 from warploom.nn.linear import keep_packed
 from warploom.optim import build_optimizers, lr_multiplier
+from warploom.parallel.config import process_seed
 from warploom.train import matmul_rate, run_state
 from warploom.train.allocator import keep_freed_memory
 from warploom.train.batch_size import find_micro_batch_size
@@ -37,7 +41,10 @@ from warploom.train.guard import StopSignals
 from warploom.train.heldout import heldout_loss
 from warploom.train.monitor import EvalRecord, Monitor, RunInfo, StepRecord, memory_bytes
 from warploom.train.run_state import Progress
-from warploom.train.step import StepOutcome, training_step
+from warploom.train.step import ONE_PROCESS, Processes, StepOutcome, training_step
+
+if TYPE_CHECKING:
+    from warploom.parallel.apply import Parallelize, ParallelModel
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,9 @@ class Trainer:
     Without a monitor the run is silent. The run folder is config.train.out_dir; only one trainer at a time can work in
     it. With a deadline, a moment of time.monotonic(), the number of steps is corrected to the pace of the run, so that
     the last step, with the evaluations and checkpoints before it, is done by then.
+
+    parallelize spreads the model over the processes of its mesh. All of them make a Trainer with the same weights, data
+    and configuration and call the same methods; rank 0 alone writes.
     """
 
     def __init__(
@@ -79,6 +89,7 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         monitor: Monitor | None = None,
         deadline: float | None = None,
+        parallelize: Parallelize | None = None,
     ) -> None:
         if isinstance(data, TokenDataset):
             tokenizer = tokenizer or data.tokenizer
@@ -93,6 +104,8 @@ class Trainer:
         self._tokenizer, self._monitor, self._deadline = tokenizer, monitor, deadline
         self._device = choose_device(config.train.device)
         self._dtype = choose_dtype(config.train.dtype, self._device)
+        self._parallelize, self._rank = parallelize, 0 if parallelize is None else parallelize.mesh.rank
+        self._parallel: ParallelModel | None = None
         self._checkpoint: Path | None = None  # the last that was written or taken up
         self._planned_steps = config.train.steps or math.ceil(
             (config.train.epochs or 1) * self._data.num_sequences / config.train.global_batch_size
@@ -105,8 +118,7 @@ class Trainer:
         if a GPU's memory is too small, and if the last checkpoint cannot be written. A checkpoint in between that
         cannot be (a full disk) is reported, the run goes on, and the next one is tried at its time.
         """
-        out_dir = self.config.train.out_dir
-        with RunLock(out_dir), StopSignals() as signals:
+        with self._run_lock(), StopSignals() as signals:
             self._set_up()
             try:
                 self._start_monitor()
@@ -132,43 +144,85 @@ class Trainer:
             torch.set_num_threads(train.threads)
         self.model.to(self._device)
         self.model.compute_dtype = self._dtype
-        packed = keep_packed(self.model)
         self.model.gradient_checkpointing = train.grad_checkpointing
+        self._num_parameters = self.model.num_parameters()
+        self._flops_per_token = self.model.flops_per_token(train.seq_len)
         self.model.train()
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        loss_sum = functools.partial(self.model.loss, reduction="sum")
-        self._loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if train.compile else loss_sum
-        # Muon's products follow the compute type: who trains in bfloat16 has fast products for it.
-        self._optimizers = build_optimizers(self.model, self.config.optimizer, muon_dtype=self._dtype, packed=packed)
+        if self._parallelize is None:
+            self._set_up_alone()
+        else:
+            self._set_up_parallel(self._parallelize)
         found = run_state.find_state(train, self._message)
         if found is None:
             self.progress = Progress(self._planned_steps, train.micro_batch_size or self._find_micro_batch_size())
-            self._stream = self._data.train_batches(self.progress.micro_batch_size)
+            self._stream = self._data.train_batches(self._rows_per_read)
             random.seed(train.seed)
             numpy.random.seed(train.seed % 2**32)
-            torch.manual_seed(train.seed)
+            torch.manual_seed(process_seed(train.seed, self._rank))
         else:
             self._checkpoint, state = found
             self.progress = run_state.restore(
-                *found, self.model, self._optimizers, self.config, self._planned_steps, self._message
+                *found,
+                self.model,
+                self._optimizers,
+                self.config,
+                self._planned_steps,
+                self._message,
+                self._parallel,
             )
-            self._stream = self._data.train_batches(self.progress.micro_batch_size)
+            self._stream = self._data.train_batches(self._rows_per_read)
             self._stream.load_state_dict(state.meta["loader"])
         self._saved = (self.progress.step, self.progress.evaluated_step)
         if self._device.type == "cpu":
             # After the search for the micro batch: it goes by how much memory the process takes from the system.
             keep_freed_memory()
 
+    def _set_up_alone(self) -> None:
+        train = self.config.train
+        packed = keep_packed(self.model)
+        self._module: nn.Module = self.model
+        self._processes: Processes = ONE_PROCESS
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        loss_sum = functools.partial(self.model.loss, reduction="sum")
+        self._loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if train.compile else loss_sum
+        self._heldout_loss_sum: Callable[..., Tensor] = self._loss_sum
+        # Muon's products follow the compute type: who trains in bfloat16 has fast products for it.
+        self._optimizers = build_optimizers(self.model, self.config.optimizer, muon_dtype=self._dtype, packed=packed)
+
+    def _set_up_parallel(self, parallelize: Parallelize) -> None:
+        train = self.config.train
+        if not train.micro_batch_size:
+            raise UserError(
+                "train.micro_batch_size is 0, which has it found for one process; give the sequences that one of the "
+                "processes takes at a time"
+            )
+        if train.compile:
+            raise UserError("train.compile works in one process; leave it out, or start one process")
+        self._processes = self._parallel = parallel = parallelize(self.model, train.micro_batch_size)
+        self._module, self._parameters = parallel.module, parallel.parameters
+        self._loss_sum, self._heldout_loss_sum = parallel.loss_sum, parallel.heldout_loss_sum
+        self._optimizers = build_optimizers(
+            parallel.module, self.config.optimizer, muon_dtype=self._dtype, exchange=parallel.matrices
+        )
+
+    @property
+    def _rows_per_read(self) -> int:
+        """Rows that are read at a time: a micro batch, or, for processes that each take their share, all."""
+        return self.progress.micro_batch_size if self._parallel is None else self.config.train.global_batch_size
+
+    def _run_lock(self) -> AbstractContextManager[object]:
+        return RunLock(self.config.train.out_dir) if self._rank == 0 else nullcontext()
+
     def _start_monitor(self) -> None:
         if self._monitor is None:
             return
-        self._flops_per_token = self.model.flops_per_token(self.config.train.seq_len)
-        self._matmul_flops = matmul_rate.measure(self._dtype, self._device)
+        num_processes = 1 if self._parallelize is None else self._parallelize.mesh.world_size
+        self._matmul_flops = num_processes * matmul_rate.measure(self._dtype, self._device)
         self._monitor.start(
             RunInfo(
                 steps=self.progress.num_steps,
                 start_step=self.progress.step,
-                num_parameters=self.model.num_parameters(),
+                num_parameters=self._num_parameters,
                 tokens_per_step=self.config.train.global_batch_size * self.config.train.seq_len,
                 matmul_flops=self._matmul_flops,
                 device=str(self._device),
@@ -186,7 +240,7 @@ class Trainer:
             if progress.step > progress.evaluated_step and (is_last or progress.step % train.eval_every == 0):
                 self._evaluate(signals)
             stopped_because = None
-            signal = signals.received  # looked at once: a later one shall not end a run that is over
+            signal = self._signal(signals)  # looked at once: a later one shall not end a run that is over
             if signal is not None:
                 stopped_because = f"{signal.name} received"
             elif is_last:
@@ -223,9 +277,14 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
         started = time.perf_counter()
-        micro_batches = [next(self._stream) for _ in range(train.global_batch_size // progress.micro_batch_size)]
+        micro_batches = [next(self._stream) for _ in range(train.global_batch_size // self._rows_per_read)]
         outcome = training_step(
-            self._loss_sum, micro_batches, self._parameters, self._optimizers, grad_clip=train.grad_clip
+            self._loss_sum,
+            micro_batches,
+            self._parameters,
+            self._optimizers,
+            grad_clip=train.grad_clip,
+            processes=self._processes,
         )
         step_s = time.perf_counter() - started
 
@@ -273,14 +332,15 @@ class Trainer:
 
     def _evaluate(self, signals: StopSignals) -> None:
         """Take the held-out loss into the progress. A signal ends it without result; then a resumed run repeats it."""
-        self.model.eval()
+        self._module.eval()
+        rows = self.progress.micro_batch_size * (1 if self._parallel is None else self._parallel.mesh.num_parts)
         result = heldout_loss(
-            self._loss_sum,
-            self._data.heldout_batches(self.progress.micro_batch_size),
+            self._heldout_loss_sum,
+            self._data.heldout_batches(rows),
             self._device,
-            stop=lambda: signals.received is not None,
+            stop=lambda: self._signal(signals) is not None,
         )
-        self.model.train()
+        self._module.train()
         if result is None:
             return
         progress = self.progress
@@ -302,16 +362,31 @@ class Trainer:
 
     def _save(self, *, is_final: bool) -> None:
         train, progress = self.config.train, self.progress
-        state = run_state.capture(progress, self.model, self._optimizers, self._stream, self.config, self._tokenizer)
+        state = run_state.capture(
+            progress, self.model, self._optimizers, self._stream, self.config, self._tokenizer, self._parallel
+        )
+        failure: SaveFailed | None = None
         try:
-            self._checkpoint = save_checkpoint(train.out_dir, state)
-            apply_retention(train.out_dir, train.keep_last, train.keep_best)
+            if self._rank == 0:
+                save_checkpoint(train.out_dir, state)
+                apply_retention(train.out_dir, train.keep_last, train.keep_best)
         except SaveFailed as error:
+            failure = error
+        if self._anywhere(int(failure is not None)):
             if is_final:
-                raise
-            self._message(f"{error} The run goes on, and the next checkpoint will be tried at its time.")
+                raise failure or SaveFailed("rank 0 could not save the last checkpoint; it says why")
+            self._message(f"{failure} The run goes on, and the next checkpoint will be tried at its time.")
         else:
+            self._checkpoint = train.out_dir / folder_name(progress.step)
             self._saved = (progress.step, progress.evaluated_step)
+
+    def _signal(self, signals: StopSignals) -> Signals | None:
+        """Return the signal that one of the processes received."""
+        number = self._anywhere(signals.received or 0)
+        return Signals(number) if number else None
+
+    def _anywhere(self, flag: int) -> int:
+        return flag if self._parallel is None else self._parallel.any_process(flag)
 
     def _find_micro_batch_size(self) -> int:
         def run_step(size: int) -> None:

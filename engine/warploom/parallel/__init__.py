@@ -1,0 +1,19 @@
+"""One model over many processes, on torch.distributed: each dimension takes a finished model and returns it changed.
+
+config.py       the sizes of the dimensions, checked against the world
+mesh.py         the processes as a grid, and one process's place in it
+collectives.py  sequence and head exchanges with a gradient
+rows.py         a global batch cut into the micro batches of one process
+tensor.py       heads, features and vocabulary over processes, norms over the sequence
+context.py      the sequence over processes
+pipeline.py     the blocks over processes
+shard.py        replicas and shards of every weight (fully_shard), and which part of a weight lies here
+muon.py         Muon's orthogonalisation of matrices that lie in parts
+apply.py        all of it, in the one order that is right
+
+Only config.py is imported without torch.distributed: a run of one process pays nothing for the rest.
+"""
+
+from warploom.parallel.config import ParallelConfig
+
+__all__ = ["ParallelConfig"]
