@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -36,6 +37,7 @@ from warploom.train.diagnosis import diagnose
 from warploom.train.guard import StopSignals
 from warploom.train.heldout import heldout_loss
 from warploom.train.monitor import EvalRecord, Monitor, RunInfo, StepRecord, memory_bytes
+from warploom.train.recompute import set_kept
 from warploom.train.run_state import Progress
 from warploom.train.step import StepOutcome, training_step
 
@@ -133,11 +135,13 @@ class Trainer:
         self.model.to(self._device)
         self.model.compute_dtype = self._dtype
         packed = keep_packed(self.model)
-        self.model.gradient_checkpointing = train.grad_checkpointing
         self.model.train()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         loss_sum = functools.partial(self.model.loss, reduction="sum")
         self._loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if train.compile else loss_sum
+        fit = set_kept(self.model, self.config, self._loss_sum, self._sample_inputs)
+        if fit is not None:
+            self._message(str(fit))
         # Muon's products follow the compute type: who trains in bfloat16 has fast products for it.
         self._optimizers = build_optimizers(self.model, self.config.optimizer, muon_dtype=self._dtype, packed=packed)
         found = run_state.find_state(train, self._message)
@@ -313,10 +317,13 @@ class Trainer:
         else:
             self._saved = (progress.step, progress.evaluated_step)
 
+    def _sample_inputs(self, micro_batch_size: int | None = None) -> dict[str, Any]:
+        size = micro_batch_size or self.config.train.micro_batch_size
+        return inputs_to(next(self._data.train_batches(size)), self._device)
+
     def _find_micro_batch_size(self) -> int:
         def run_step(size: int) -> None:
-            batch = next(self._data.train_batches(size))
-            self._loss_sum(**inputs_to(batch, self._device)).backward()
+            self._loss_sum(**self._sample_inputs(size)).backward()
 
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
