@@ -5,8 +5,9 @@
 Each setting trains the same model on one batch and must give the same loss, bit for bit, or the bench ends with exit
 code 1. Memory is the most that tensors took at one time: the arena's count, in a process of its own for each setting
 (torch's own count on a GPU); beside it what train/estimate.py said. Time is that of the forward and backward passes,
-the settings taking turns; added time is against keeping everything. A budget is a share of the memory between keeping
-nothing and keeping all activations; train/recompute.py fits it, and predicts the added time from the products it timed.
+the settings taking turns and the fastest of each counting; added time is against keeping everything. A budget is a
+share of the memory between keeping nothing and keeping all activations; train/recompute.py fits it, and predicts the
+added time from the products it timed.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def bench(options: Options, config: str) -> list[dict[str, Any]]:
         sys.exit(f"{config} is wrong, so nothing is timed: the losses differ, {losses}")
     calls = {name: functools.partial(subject.passes, kept) for name, kept in settings.items()}
     timings = interleave(calls, budget_s=options.seconds, device=subject.device.type)
-    plain_s = timings["none"].median_s
+    plain_s = timings["none"].min_s
     return [
         {
             "config": config,
@@ -137,8 +138,8 @@ def bench(options: Options, config: str) -> list[dict[str, Any]]:
             "setting": name,
             "estimated_bytes": estimates[name].peak_bytes,
             "peak_bytes": peak_bytes(options, config, settings[name]),
-            "passes_s": timing.median_s,
-            "added": timing.median_s / plain_s - 1,
+            "passes_s": timing.min_s,
+            "added": timing.min_s / plain_s - 1,
             "added_predicted": predicted_s[name] / plain_s,
             "spread": timing.spread,
         }

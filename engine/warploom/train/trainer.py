@@ -36,7 +36,7 @@ from warploom.train.device import choose_device, choose_dtype
 from warploom.train.diagnosis import diagnose
 from warploom.train.guard import StopSignals
 from warploom.train.heldout import heldout_loss
-from warploom.train.monitor import EvalRecord, Monitor, RunInfo, StepRecord, memory_bytes
+from warploom.train.monitor import EvalRecord, Monitor, RunInfo, StepRecord, memory_bytes, tensors_peak_bytes
 from warploom.train.recompute import set_kept
 from warploom.train.run_state import Progress
 from warploom.train.step import StepOutcome, training_step
@@ -271,6 +271,7 @@ class Trainer:
                 memory_bytes=memory_bytes(self._device),
                 skipped=outcome.skipped,
                 epoch=progress.step * train.global_batch_size / self._data.num_sequences,
+                tensors_peak_bytes=tensors_peak_bytes(self._device),
             )
         )
         self._interval_s, self._interval_steps, self._interval_tokens = 0.0, 0, 0
