@@ -121,7 +121,7 @@ def test_the_split_into_micro_batches_does_not_change_the_model(tmp_path, tokens
 def test_gradient_checkpointing_gives_the_same_bits(tmp_path):
     config = toy_config(tmp_path / "plain", steps=4)
     _, plain = fit(config)
-    checkpointed_config = toy_config(tmp_path / "checkpointed", steps=4, grad_checkpointing=True)
+    checkpointed_config = toy_config(tmp_path / "checkpointed", steps=4, grad_checkpointing="blocks")
     calls = []
     model = toy_model(checkpointed_config)
     model.stack.blocks[0].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))

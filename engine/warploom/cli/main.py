@@ -17,6 +17,7 @@ VERBS = {
     "data": "curate raw text: read, clean, filter, deduplicate, redact, split, mix",
     "sample": "write text with a trained model",
     "eval": "held-out loss, perplexity and bits per byte of a checkpoint",
+    "plan": "what a run will take: FLOPs, memory, the layouts that fit, days, cost; and how right that was",
     "verify": "prove every op right on this machine, on each back end and instruction-set level",
     "ladder": "from a naive training loop to this engine, one optimisation at a time: speed, memory, equal losses",
     "bench": "time the ops on this machine, after checking that they are right",

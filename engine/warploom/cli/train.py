@@ -91,24 +91,28 @@ def dry_run(config: RunConfig) -> None:
         for name, value in values.items():
             print(f"{name} = {value!r}")
     micro_batch_size = config.train.micro_batch_size or config.train.global_batch_size
+    # A budget is met by measuring blocks, which is more than a dry run does: the least it can come to is shown.
+    checkpointing = "blocks" if config.train.grad_checkpointing == "budget" else config.train.grad_checkpointing
     cost = estimate(
         config.model,
         seq_len=config.train.seq_len,
         micro_batch_size=micro_batch_size,
         dtype=choose_dtype(config.train.dtype, device),
         optimizer=config.optimizer,
-        grad_checkpointing=config.train.grad_checkpointing,
+        grad_checkpointing=checkpointing,
+        grad_checkpointing_every=config.train.grad_checkpointing_every,
+        num_micro_batches=config.train.global_batch_size // micro_batch_size,
+        device=device.type,
     )
     parts = {
-        "weights": cost.weights_bytes,
+        "weights": cost.weights_bytes + cost.packed_bytes,
         "gradients": cost.gradients_bytes,
         "optimizer": cost.optimizer_bytes,
         "activations": cost.activations_bytes,
-        "logits": cost.logits_bytes,
     }
     print(f"\nparameters       {cost.num_parameters:,}")
     print(f"FLOPs per token  {cost.flops_per_token:,} (forward and backward)")
-    print(f"memory           {cost.total_bytes / 1e9:.2f} GB for micro batches of {micro_batch_size}: ", end="")
+    print(f"memory           {cost.peak_bytes / 1e9:.2f} GB at the peak, micro batches of {micro_batch_size}: ", end="")
     print(", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))
 
 

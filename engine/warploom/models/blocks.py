@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from warploom.models.config import TransformerConfig
+from warploom.models.recompute import Recomputable
 from warploom.nn.attention import AttentionContext, CrossAttention, SelfAttention
 from warploom.nn.feed_forward import FeedForward, SwiGLU
 from warploom.nn.norm import LayerNorm, RMSNorm
@@ -53,7 +54,7 @@ def _attention(kind: type[SelfAttention] | type[CrossAttention], config: Transfo
     return kind(config.d_model, config.num_heads, config.kv_heads, config.head_width, config.bias, layer)
 
 
-class _Block(nn.Module):
+class _Block(Recomputable):
     """The parts every block has. layer, its number in the stack, is what its cache entries go by."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:

@@ -23,10 +23,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from warploom.models.blocks import FINAL_NORMS, POSITIONS, build_block
 from warploom.models.config import TransformerConfig
+from warploom.models.recompute import run_block
 from warploom.nn.attention import AttentionCache, AttentionContext
 from warploom.nn.embedding import Embedding
 from warploom.nn.linear import Linear
@@ -66,12 +66,10 @@ class Stack(nn.Module):
         cache: AttentionCache | None = None,
         memory: Tensor | None = None,
         memory_lengths: Tensor | None = None,
-        recompute: bool = False,
     ) -> Tensor:
         """Return the hidden states (B, T, C) in dtype of the embedded tokens x (B, T, C).
 
-        window: the length of the longest document, or more. recompute: keep only what enters each block, and run the
-        block again in the backward pass. The rest is as in Transformer.forward.
+        window: the length of the longest document, or more. The rest is as in Transformer.forward.
         """
         T = x.shape[1]
         # Without a cache only distances within a document matter to a bias, and those are distances of indices.
@@ -95,10 +93,7 @@ class Stack(nn.Module):
             x = self.dropout(self.position.embed(x, positions).to(dtype))
         stream = None
         for block in self.blocks:
-            if recompute:
-                x, stream = checkpoint(block, x, stream, context, use_reentrant=False)
-            else:
-                x, stream = block(x, stream, context)
+            x, stream = run_block(block, x, stream, context)
         return self.norm(x, stream)[0]
 
 
@@ -106,14 +101,13 @@ class Transformer(nn.Module):
     """The model a TransformerConfig describes, with random weights (see init_weights; none on the meta device).
 
     compute_dtype: dtype of the activations, float32 at first. Parameters stay as they are and are cast where they are
-    used. gradient_checkpointing: run each block again in the backward pass instead of keeping its activations.
+    used. What blocks keep for the backward pass, all at first, is models.recompute's to set.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        self.gradient_checkpointing = False
         self.class_shard: ClassShard | None = None  # set where other processes hold the rest of the vocabulary
         scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.embedding = Embedding(config.vocab_size, config.d_model, scale)
@@ -221,7 +215,6 @@ class Transformer(nn.Module):
             cache=cache,
             memory=memory,
             memory_lengths=source_lengths,
-            recompute=self.gradient_checkpointing,
         )
         return hidden.view(*shape, -1)
 
@@ -237,7 +230,6 @@ class Transformer(nn.Module):
             positions=torch.arange(S, device=source.device),
             window=S,
             key_lengths=source_lengths,
-            recompute=self.gradient_checkpointing,
         )
 
     @property

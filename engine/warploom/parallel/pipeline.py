@@ -174,7 +174,6 @@ class _StackOfStage:
             positions=torch.arange(T, device=tokens.device) if positions is None else positions,
             window=T,
             key_lengths=key_lengths,
-            recompute=model.gradient_checkpointing,
             **arguments,
         )
 

@@ -311,7 +311,7 @@ _LARGEST_MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}  # more is not faster
 def _memory_bytes(model: TransformerConfig, seq_len: int, micro_batch_size: int, dtype: torch.dtype) -> int:
     return estimate(
         model, seq_len=seq_len, micro_batch_size=micro_batch_size, dtype=dtype, optimizer=optimizer_for(model)
-    ).total_bytes
+    ).peak_bytes
 
 
 def optimizer_for(model: TransformerConfig) -> OptimizerConfig:

@@ -39,8 +39,13 @@ class TrainConfig:
     """Compute type; weights and moments are always fp32. auto is bf16 on a GPU and fp32 on a CPU."""
     grad_clip: float = 1.0
     """Largest norm of the gradient, the rest is scaled away; 0 never clips."""
-    grad_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    grad_checkpointing: Literal["none", "blocks", "ops", "budget"] = "none"
+    """What the backward pass computes again instead of keeping it; the gradients are the same bits. blocks: all of a
+    block. ops: all but its matrix products and attention. budget: what costs the least time to fit memory_gb."""
+    grad_checkpointing_every: int = 1
+    """blocks and ops: of every n-th block only, beginning with the first."""
+    memory_gb: float = 0.0
+    """budget: gigabytes (1e9 bytes) that weights, gradients, optimizer and activations may take together."""
     compile: bool = False
     """Run the model's forward and backward pass through torch.compile."""
     eval_every: int = 200
@@ -75,13 +80,32 @@ class TrainConfig:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give a number above 0")
         for name in (
-            "seq_len", "global_batch_size", "eval_every", "save_every", "keep_last", "max_nonfinite_steps", "log_every"
+            "seq_len", "global_batch_size", "eval_every", "save_every", "keep_last", "max_nonfinite_steps", "log_every",
+            "grad_checkpointing_every",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("seed", "micro_batch_size", "grad_clip", "eval_tokens", "patience", "keep_best", "threads"):
+        for name in (
+            *("seed", "micro_batch_size", "grad_clip", "eval_tokens", "patience", "keep_best", "threads"),
+            "memory_gb",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give 0 or more")
+        if (self.grad_checkpointing == "budget") != (self.memory_gb > 0):
+            raise UserError(
+                f"train.grad_checkpointing is {self.grad_checkpointing!r} and train.memory_gb {self.memory_gb:g}; "
+                "'budget' and a memory_gb above 0 belong together"
+            )
+        if self.grad_checkpointing == "budget" and not self.micro_batch_size:
+            raise UserError(
+                "train.grad_checkpointing 'budget' fits activations of a given size into memory_gb; give a "
+                "train.micro_batch_size above 0"
+            )
+        if self.compile and self.grad_checkpointing in ("ops", "budget"):
+            raise UserError(
+                f"train.grad_checkpointing {self.grad_checkpointing!r} chooses among operators that train.compile "
+                "would fuse; take 'blocks', or leave compile out"
+            )
         if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
             raise UserError(
                 f"train.global_batch_size is {self.global_batch_size}, not a multiple of train.micro_batch_size "

@@ -1,46 +1,47 @@
-"""What a run will cost, from its configuration alone: parameters, FLOPs per token, bytes of memory. For --dry-run and
-for --budget; nothing is allocated.
+"""What a run will cost, from its configuration alone: parameters, FLOPs per token, bytes of memory. For --dry-run, for
+--budget and for plans.
 
-The memory count follows what the modules keep for the backward pass (nn/, models/blocks.py and the ops they call); it
-was within 11 % of the measured peak of the tensors for every configuration of tests/train/test_estimate.py. The
-resident set of a process on a CPU is larger, since malloc keeps freed blocks: up to twice as large in those cases.
+Memory is not reckoned by formulas: the training step itself runs, on torch's meta device, where tensors have shapes
+but no memory, and a ledger follows what lives when. So whatever the model, its checkpointing and its optimizer do is in
+the estimate. Only what ops take inside themselves is invisible there, and for the loss, where it is large, reckoned.
+tests/train/test_estimate.py holds the result to 5 % of the measured peak of tensors.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from warploom.models.config import TransformerConfig
+from warploom.models.recompute import NOTHING, PRODUCTS, Kept, keep, recomputable_blocks
 from warploom.models.transformer import Transformer
-from warploom.ops.linear_cross_entropy import CHUNK_ELEMENTS
-from warploom.optim import OptimizerConfig
+from warploom.ops.linear_cross_entropy import CHUNK_ELEMENTS, CHUNK_ROWS
+from warploom.optim import OptimizerConfig, build_optimizers
 
-_MASTER_BYTES = 4  # weights, gradients and optimizer moments are float32 whatever the compute dtype
+KEPT: Mapping[str, Kept | None] = {"none": None, "blocks": NOTHING, "ops": PRODUCTS}  # by train.grad_checkpointing
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of one configuration. Bytes are those of tensors at the peak of a step, without the process itself."""
+    """Cost of one configuration. Bytes are those of tensors, without the process itself and the kernels' scratch."""
 
     num_parameters: int
     flops_per_token: int  # forward and backward
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    packed_bytes: int  # weights as CPU products read them, kept between products
     activations_bytes: int  # kept for the backward pass, at its beginning
-    logits_bytes: int  # the logits held at once, and the gradients that linear_cross_entropy makes beside them
-
-    @property
-    def total_bytes(self) -> int:
-        return (
-            self.weights_bytes
-            + self.gradients_bytes
-            + self.optimizer_bytes
-            + self.activations_bytes
-            + self.logits_bytes
-        )
+    peak_bytes: int
+    """The most at one time. Less than all parts together: activations go as gradients come. More than weights,
+    gradients and optimizer by what lives for an op or two: logits, gradients that flow, the update."""
 
 
 def estimate(
@@ -50,75 +51,126 @@ def estimate(
     micro_batch_size: int,
     dtype: torch.dtype,
     optimizer: OptimizerConfig,
-    grad_checkpointing: bool = False,
+    grad_checkpointing: str = "none",
+    grad_checkpointing_every: int = 1,
+    kept: Sequence[Kept | None] | None = None,
+    num_micro_batches: int = 2,
+    device: str = "cpu",
 ) -> Estimate:
-    """Reckon the cost of training `config` on micro batches of (micro_batch_size, seq_len) tokens in `dtype`.
+    """Follow the memory of training `config` on micro batches of (micro_batch_size, seq_len) tokens in `dtype`.
 
-    For an encoder-decoder the source is taken to be as long as the target.
+    grad_checkpointing: a key of KEPT; or kept: what each block keeps (models.recompute). num_micro_batches: per update;
+    with one, no gradient is there before its block's backward pass. device: "cpu" or "cuda", whose ops differ.
+    For an encoder-decoder the source is taken to be as long as the target. Dropout's masks are counted as on a CPU,
+    where they have the activations' dtype. Takes 0.1 s for the largest models.
     """
     with torch.device("meta"):
         model = Transformer(config)
-    num_parameters = model.num_parameters()
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "blocks" in name)
-    rows = micro_batch_size * seq_len
-    width = dtype.itemsize
-    stacks = [(config.num_layers, config.architecture == "encoder-decoder")]
-    if config.architecture == "encoder-decoder":
-        stacks.append((config.encoder_layers, False))
-    logits = _loss_bytes(config, rows, dtype)
-    # Gradients that flow through one block of the backward pass: of the wide layer and of its input.
-    flowing = rows * (2 * config.ff_width + 2 * config.d_model) * width
-    activations = 0
-    inner = 0  # the largest block's
-    for layers, has_cross in stacks:
-        block = rows * _block_bytes_per_token(config, width, has_cross)
-        stream = rows * config.d_model * width
-        # Recomputation keeps each block's inputs, and one block's inner tensors at a time.
-        activations += layers * (2 * stream if grad_checkpointing else block)
-        activations += 3 * stream  # embedding output, last residual sum, final norm
-        inner = max(inner, block)
-    # Recomputed inner tensors come when those of the loss are gone; without recomputation both are there.
-    activations += max(inner + flowing - logits, 0) if grad_checkpointing else flowing
-    if dtype != torch.float32:
-        activations += 2 * matrices * width  # kept packed, for the forward and for the backward
+        tokens = torch.zeros(micro_batch_size, seq_len, dtype=torch.int64)
+    model.compute_dtype = dtype
+    keep(model, KEPT[grad_checkpointing], grad_checkpointing_every)
+    for block, choice in zip(recomputable_blocks(model), kept or (), strict=bool(kept)):
+        block.kept = choice
+    parameters = list(model.parameters())
+    weights = sum(p.nbytes for p in parameters)
+    packed = _packed_bytes(model, dtype, device)
+    inputs = {"source": tokens} if config.architecture == "encoder-decoder" else {}
+    optimizers = build_optimizers(model, optimizer, muon_dtype=dtype)
 
-    moments = 2 * num_parameters - (matrices if optimizer.name == "muon" else 0)
+    ledger = Ledger(parameters, device)
+    with ledger:
+        # State that the first step makes is there from the second on, where the peak is.
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        for one in optimizers:
+            one.step()
+        state = ledger.live_bytes - 2 * weights
+        ledger.peak_bytes = 0
+        for index in range(min(2, num_micro_batches)):
+            if index == 0:
+                for parameter in parameters:
+                    parameter.grad = None
+            before = ledger.live_bytes
+            loss = model.loss(tokens, tokens, reduction="sum", **inputs)
+            activations = ledger.live_bytes - before
+            loss.backward()
+            del loss
+        for one in optimizers:
+            one.step()
     return Estimate(
-        num_parameters=num_parameters,
+        num_parameters=model.num_parameters(),
         flops_per_token=model.flops_per_token(seq_len),
-        weights_bytes=num_parameters * _MASTER_BYTES,
-        gradients_bytes=num_parameters * _MASTER_BYTES,
-        optimizer_bytes=moments * _MASTER_BYTES,
+        weights_bytes=weights,
+        gradients_bytes=weights,
+        optimizer_bytes=state,
+        packed_bytes=packed,
         activations_bytes=activations,
-        logits_bytes=logits,
+        peak_bytes=ledger.peak_bytes + packed,
     )
 
 
-def _loss_bytes(config: TransformerConfig, rows: int, dtype: torch.dtype) -> int:
-    """Bytes that linear_cross_entropy takes for `rows` tokens: logits, the gradients of its input and of its weight."""
-    gradients = rows * config.d_model * dtype.itemsize + config.vocab_size * config.d_model * _MASTER_BYTES
-    if dtype == torch.float32:
-        return min(CHUNK_ELEMENTS, rows * config.vocab_size) * dtype.itemsize + gradients
-    words = min(config.vocab_size, max(512, min(2048, CHUNK_ELEMENTS // rows)))
-    return rows * words * dtype.itemsize + rows * config.d_model * _MASTER_BYTES + gradients
+class Ledger(TorchDispatchMode):
+    """Within the block: the bytes of storages that operators have made, or that tensors given at first have, now and
+    at the most. It holds no tensor itself."""
+
+    def __init__(self, tensors: Sequence[Tensor] = (), device: str = "cpu") -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self._device = device
+        self._sizes: dict[int, int] = {}
+        self._add(tensors)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._add(tree_leaves(output))
+        inner = _inner_bytes(func.name(), args, self._device)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes + inner)
+        return output
+
+    def _add(self, values: Sequence[Any]) -> None:
+        for value in values:
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            key = storage._cdata  # of the storage in C++, which views share and Python's objects come and go for
+            if key not in self._sizes:
+                self._sizes[key] = storage.nbytes()
+                self.live_bytes += storage.nbytes()
+                weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.live_bytes -= self._sizes.pop(key)
 
 
-def _block_bytes_per_token(config: TransformerConfig, width: int, has_cross: bool) -> int:
-    """Bytes that one block keeps for its backward pass, per token, at `width` bytes per element."""
-    heads = config.num_heads * config.head_width
-    kv = config.kv_heads * config.head_width
-    C, F = config.d_model, config.ff_width
-    dropout = C if config.dropout else 0  # a mask of one byte per element
-    norm = 2 * C * width + 8  # the sum that was normalised, and the result that feeds the projections; mean and rstd
-    attention = (2 * heads + 2 * kv) * width + 4 * config.num_heads  # q, k, v, o; log-sum-exp
-    feed_forward = {
-        "relu": F,
-        "relu2": 2 * F,  # before and after the square
-        "gelu": 2 * F,  # before and after the function
-        "gelu_tanh": 2 * F,
-        "swiglu": 4 * F,  # gate, up, silu(gate), product
-    }[config.activation] * width
-    sub_layers = 2 * (norm + dropout) + attention + feed_forward
-    if has_cross:
-        sub_layers += norm + dropout + attention
-    return sub_layers
+def _inner_bytes(name: str, args: tuple, device: str) -> int:
+    """Bytes that an operator takes and gives back before it returns, where they are many."""
+    if name == "warploom::linear_cross_entropy_fwd":
+        hidden, weight = args[:2]
+        gradients_are_made = args[4] or args[5]
+    elif name == "warploom::linear_cross_entropy_bwd":
+        _, hidden, weight = args[:3]
+        gradients_are_made = True
+    else:
+        return 0
+    half = hidden.dtype != torch.float32
+    if half and device == "cpu":
+        return 0  # a kernel of ours, which keeps some words of some rows in its scratch
+    V, C = weight.shape
+    rows = hidden.numel() // C
+    chunk = min(rows, max(CHUNK_ELEMENTS // V, CHUNK_ROWS)) * V
+    # A chunk of logits, the temporary of logsumexp, and hidden without its ignored rows.
+    inner = 2 * chunk * 4 + hidden.nbytes
+    if half:
+        # The products themselves, the rounded weight, and the part of its gradient that one chunk makes.
+        inner += (chunk + (2 if gradients_are_made else 1) * V * C) * hidden.dtype.itemsize
+    return inner
+
+
+def _packed_bytes(model: Transformer, dtype: torch.dtype, device: str) -> int:
+    """What nn.linear.keep_packed keeps: CPU products of 16-bit types read weights packed, one way for each pass."""
+    if device != "cpu" or dtype == torch.float32:
+        return 0
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
+    return sum(2 * weight.numel() * dtype.itemsize for weight in matrices)

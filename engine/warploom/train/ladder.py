@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from warploom.errors import UserError
+from warploom.models import recompute
 from warploom.models.presets import preset
 from warploom.models.transformer import Transformer
 from warploom.nn.linear import keep_packed
@@ -123,7 +124,7 @@ def build_step(rung: Rung, course: Course, dtype: torch.dtype) -> Callable[[], f
     make_naive(model, rung.naive_parts)
     keep_packed(model)  # as the trainer does; where linear is a naive part, there is nothing to keep
     model.compute_dtype = dtype
-    model.gradient_checkpointing = rung.recompute
+    recompute.keep(model, recompute.NOTHING if rung.recompute else None)
     parameters = list(model.parameters())
     optimizers: Sequence[_LoopAdamW | AdamW | Muon]
     if rung.loop_optimizer:

@@ -27,6 +27,8 @@ class LoadedModel:
     path: Path
     """The step-... folder it came from."""
     step: int
+    micro_batch_size: int
+    """Of the run when the checkpoint was written."""
     heldout_loss: float | None
     """As measured when the checkpoint was written, nats per token."""
 
@@ -48,4 +50,5 @@ def load_model(
         model = Transformer(config.model)
     load_weights(model, state.weights)
     tokenizer = None if state.tokenizer is None else Tokenizer.from_bytes(state.tokenizer)
-    return LoadedModel(model.eval(), tokenizer, config, folder, state.step, state.heldout_loss)
+    micro = state.meta["progress"]["micro_batch_size"]
+    return LoadedModel(model.eval(), tokenizer, config, folder, state.step, micro, state.heldout_loss)

@@ -24,6 +24,8 @@ from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from warploom.ops import _extension
+
 if TYPE_CHECKING:
     from warploom.train.trainer import TrainResult
 
@@ -60,6 +62,7 @@ class StepRecord:
     memory_bytes: int
     skipped: bool  # the loss or a gradient was not finite, so the weights did not move
     epoch: float  # passes over the training split so far
+    tensors_peak_bytes: int = 0  # the most that tensors took at one time so far; 0 where nothing counts it
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,16 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     return psutil.Process().memory_info().rss
+
+
+def tensors_peak_bytes(device: torch.device) -> int:
+    """The most that tensors of this process have taken at one time: by PyTorch's allocator on a CUDA device, by the
+    arena on a CPU; 0 without it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _extension.why_missing("arena_statistics") is not None:
+        return 0
+    return torch.ops.warploom_cpu.arena_statistics()["peak_bytes"]
 
 
 class Monitor:

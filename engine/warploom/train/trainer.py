@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -39,7 +39,8 @@ from warploom.train.device import choose_device, choose_dtype
 from warploom.train.diagnosis import diagnose
 from warploom.train.guard import StopSignals
 from warploom.train.heldout import heldout_loss
-from warploom.train.monitor import EvalRecord, Monitor, RunInfo, StepRecord, memory_bytes
+from warploom.train.monitor import EvalRecord, Monitor, RunInfo, StepRecord, memory_bytes, tensors_peak_bytes
+from warploom.train.recompute import set_kept
 from warploom.train.run_state import Progress
 from warploom.train.step import ONE_PROCESS, Processes, StepOutcome, training_step
 
@@ -144,7 +145,6 @@ class Trainer:
             torch.set_num_threads(train.threads)
         self.model.to(self._device)
         self.model.compute_dtype = self._dtype
-        self.model.gradient_checkpointing = train.grad_checkpointing
         self._num_parameters = self.model.num_parameters()
         self._flops_per_token = self.model.flops_per_token(train.seq_len)
         self.model.train()
@@ -186,6 +186,9 @@ class Trainer:
         loss_sum = functools.partial(self.model.loss, reduction="sum")
         self._loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if train.compile else loss_sum
         self._heldout_loss_sum: Callable[..., Tensor] = self._loss_sum
+        fit = set_kept(self.model, self.config, self._loss_sum, self._sample_inputs)
+        if fit is not None:
+            self._message(str(fit))
         # Muon's products follow the compute type: who trains in bfloat16 has fast products for it.
         self._optimizers = build_optimizers(self.model, self.config.optimizer, muon_dtype=self._dtype, packed=packed)
 
@@ -198,6 +201,11 @@ class Trainer:
             )
         if train.compile:
             raise UserError("train.compile works in one process; leave it out, or start one process")
+        if train.grad_checkpointing == "budget":
+            raise UserError(
+                "train.grad_checkpointing 'budget' measures one process; take 'none', 'blocks' or 'ops' for several"
+            )
+        set_kept(self.model, self.config, self.model.loss, self._sample_inputs)
         self._processes = self._parallel = parallel = parallelize(self.model, train.micro_batch_size)
         self._module, self._parameters = parallel.module, parallel.parameters
         self._loss_sum, self._heldout_loss_sum = parallel.loss_sum, parallel.heldout_loss_sum
@@ -326,6 +334,7 @@ class Trainer:
                 memory_bytes=memory_bytes(self._device),
                 skipped=outcome.skipped,
                 epoch=progress.step * train.global_batch_size / self._data.num_sequences,
+                tensors_peak_bytes=tensors_peak_bytes(self._device),
             )
         )
         self._interval_s, self._interval_steps, self._interval_tokens = 0.0, 0, 0
@@ -388,10 +397,13 @@ class Trainer:
     def _anywhere(self, flag: int) -> int:
         return flag if self._parallel is None else self._parallel.any_process(flag)
 
+    def _sample_inputs(self, micro_batch_size: int | None = None) -> dict[str, Any]:
+        size = micro_batch_size or self.config.train.micro_batch_size
+        return inputs_to(next(self._data.train_batches(size)), self._device)
+
     def _find_micro_batch_size(self) -> int:
         def run_step(size: int) -> None:
-            batch = next(self._data.train_batches(size))
-            self._loss_sum(**inputs_to(batch, self._device)).backward()
+            self._loss_sum(**self._sample_inputs(size)).backward()
 
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
