@@ -1,11 +1,12 @@
-# demo: train a small model on real text, sample from it, write a report.   test: all tests.
+# demo: train a small model on real text, sample from it, write a report.   test: all tests but the long sweeps.
+# test-all: those too.
 # lint: formatters, types, layers.   asan: op tests under AddressSanitizer and UBSan.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format asan clean
+.PHONY: demo test test-all lint format asan clean
 
 # Reinstalled when what decides the install changes; a change in csrc/ rebuilds the extension alone.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null)
@@ -22,6 +23,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
