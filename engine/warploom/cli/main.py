@@ -14,6 +14,7 @@ VERBS = {
     "doctor": "what was built, what this machine has, and which back end each op will use and why",
     "tokenize": "train a tokenizer on text and encode the text into token shards",
     "train": "train a model on text; with --budget 10m everything else is chosen for you",
+    "finetune": "go on from a trained model: instructions, preferences or text; in full, some layers, or LoRA",
     "sample": "write text with a trained model",
     "eval": "held-out loss, perplexity and bits per byte of a checkpoint",
     "verify": "prove every op right on this machine, on each back end and instruction-set level",

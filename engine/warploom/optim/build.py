@@ -67,7 +67,7 @@ def build_optimizers(
         return optimizer
 
     optimizers: list[AdamW | Muon]
-    if config.name == "muon":
+    if config.name == "muon" and hidden:  # none is left where all of them are frozen
         muon = Muon(
             hidden, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay, dtype=muon_dtype
         )

@@ -7,7 +7,7 @@ no state of its own: it follows from the counters.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from warploom.checkpoint.load import differing_fields, find_checkpoint, load_che
 from warploom.checkpoint.optimizer import flatten_optimizer, restore_optimizer
 from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
+from warploom.nn.lora import adapter_state, base_state, lora_layers
 from warploom.train.batches import BatchStream
 from warploom.train.config import RunConfig, TrainConfig
 
@@ -72,7 +73,7 @@ def capture(
     is_evaluated = progress.step == progress.evaluated_step > 0
     return CheckpointState(
         step=progress.step,
-        weights=model.state_dict(),
+        weights=own_weights(model),
         optimizer=optimizer_tensors,
         meta={
             "config": config.to_dict(),
@@ -86,6 +87,16 @@ def capture(
         tokenizer=None if tokenizer is None else tokenizer.to_bytes(),
         heldout_loss=progress.curve[-1]["heldout_loss"] if is_evaluated else None,
     )
+
+
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of the model: all of it, or the adapters alone if it has some."""
+    return adapter_state(model) if lora_layers(model) else model.state_dict()
+
+
+def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put what own_weights returned back into a model of the same kind; errors as checkpoint.load_weights."""
+    load_weights(model, {**base_state(model.state_dict()), **weights} if lora_layers(model) else weights)
 
 
 def find_state(config: TrainConfig, on_message: Callable[[str], None]) -> tuple[Path, CheckpointState] | None:
@@ -126,7 +137,7 @@ def restore(
         raise UserError(
             f"{path} was trained with other settings ({'; '.join(fatal)}); set them back, or choose another out_dir"
         )
-    load_weights(model, state.weights)
+    restore_weights(model, state.weights)
     for optimizer in optimizers:
         configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         name = _name(optimizer)

@@ -9,9 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from warploom.data.loader import IGNORE_INDEX
 from warploom.ops import grad_norm
-from warploom.train.batches import Batch, inputs_to
+from warploom.train.batches import Batch, inputs_to, num_losses
 
 
 class StepOutcome(NamedTuple):
@@ -41,7 +40,7 @@ def training_step(
     gradient that is not finite makes no update; neither does a batch without targets, whose mean is 0 / 0.
     """
     device = parameters[0].device
-    num_targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in micro_batches)
+    num_targets = sum(map(num_losses, micro_batches))
     for parameter in parameters:
         parameter.grad = None
     loss = torch.zeros((), device=device)

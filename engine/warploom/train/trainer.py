@@ -7,13 +7,15 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from warploom.checkpoint.format import list_checkpoints, step_of
 from warploom.checkpoint.lock import RunLock
@@ -67,7 +69,8 @@ class Trainer:
     data is a TokenDataset or any TrainingData. The tokenizer, by default the data set's, goes into the checkpoints.
     Without a monitor the run is silent. The run folder is config.train.out_dir; only one trainer at a time can work in
     it. With a deadline, a moment of time.monotonic(), the number of steps is corrected to the pace of the run, so that
-    the last step, with the evaluations and checkpoints before it, is done by then.
+    the last step, with the evaluations and checkpoints before it, is done by then. loss_sum takes the place of
+    model.loss (see training_step). extras, JSON values, go into the meta of every checkpoint.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         monitor: Monitor | None = None,
         deadline: float | None = None,
+        loss_sum: Callable[..., Tensor] | None = None,
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(data, TokenDataset):
             tokenizer = tokenizer or data.tokenizer
@@ -89,6 +94,8 @@ class Trainer:
                     f"{tokenizer.vocab_size} tokens; make them equal"
                 )
         self.model, self.config = model, config
+        self._loss_sum: Callable[..., Tensor] = loss_sum or functools.partial(model.loss, reduction="sum")
+        self._extras = extras or {}
         self._data = TokenData(data, config.train) if isinstance(data, TokenDataset) else data
         self._tokenizer, self._monitor, self._deadline = tokenizer, monitor, deadline
         self._device = choose_device(config.train.device)
@@ -125,6 +132,11 @@ class Trainer:
                     self._monitor.close()
         return result
 
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """What holds the state of the run's trainable parameters, once fit has begun."""
+        return self._optimizers
+
     def _set_up(self) -> None:
         """Bring model, optimizers, data and random states to the start of the run, or to where it was left."""
         train = self.config.train
@@ -136,8 +148,8 @@ class Trainer:
         self.model.gradient_checkpointing = train.grad_checkpointing
         self.model.train()
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        loss_sum = functools.partial(self.model.loss, reduction="sum")
-        self._loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if train.compile else loss_sum
+        if train.compile:
+            self._loss_sum = torch.compile(self._loss_sum)
         # Muon's products follow the compute type: who trains in bfloat16 has fast products for it.
         self._optimizers = build_optimizers(self.model, self.config.optimizer, muon_dtype=self._dtype, packed=packed)
         found = run_state.find_state(train, self._message)
@@ -303,6 +315,7 @@ class Trainer:
     def _save(self, *, is_final: bool) -> None:
         train, progress = self.config.train, self.progress
         state = run_state.capture(progress, self.model, self._optimizers, self._stream, self.config, self._tokenizer)
+        state.meta.update(self._extras)
         try:
             self._checkpoint = save_checkpoint(train.out_dir, state)
             apply_retention(train.out_dir, train.keep_last, train.keep_best)
