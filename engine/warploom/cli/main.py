@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a model on text; with --budget 10m everything else is chosen for you",
     "finetune": "go on from a trained model: instructions, preferences or text; in full, some layers, or LoRA",
     "sample": "write text with a trained model",
+    "serve": "serve checkpoints over HTTP: OpenAI's API, and a page to try and compare them",
     "eval": "held-out loss, perplexity and bits per byte of a checkpoint",
     "verify": "prove every op right on this machine, on each back end and instruction-set level",
     "ladder": "from a naive training loop to this engine, one optimisation at a time: speed, memory, equal losses",
