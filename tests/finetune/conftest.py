@@ -44,16 +44,14 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def instructions(tmp_path_factory):
-    """200 conversations: the answer is the question's words backwards, and behind it a word that asks for nothing."""
+    """300 conversations: the question is one word, some times over; the answer is the word after it in WORDS."""
     file = tmp_path_factory.mktemp("instructions") / "talk.jsonl"
     chance = random.Random(1)
     with file.open("w") as out:
-        for _ in range(200):
-            words = chance.sample(WORDS, k=2)
-            messages = [
-                {"role": "user", "content": " ".join(words)},
-                {"role": "assistant", "content": " ".join(reversed(words))},
-            ]
+        for _ in range(300):
+            number, times = chance.randrange(len(WORDS)), chance.randint(1, 9)
+            question, answer = " ".join([WORDS[number]] * times), WORDS[(number + 1) % len(WORDS)]
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             out.write(json.dumps({"messages": messages}) + "\n")
     return file
 

@@ -25,15 +25,16 @@ def same_weights(a, b):
 
 
 def test_instructions_are_learned_and_the_template_stays(base, instructions, short):
-    done = finetune(base, [instructions], None, short(steps=150, global_batch_size=8, micro_batch_size=8), FAST)
+    train = short(steps=300, eval_every=150, global_batch_size=8, micro_batch_size=8)
+    done = finetune(base, [instructions], None, train, FAST)
     before, after = done.forgetting
-    assert done.result.heldout_loss < 0.5  # words backwards, and where to stop
+    assert done.result.heldout_loss < 0.5  # the word, and that it is the last
     assert before.loss < after.loss and before.num_targets == after.num_targets
     loaded = load_model(done.result.checkpoint)
     template = loaded.chat_template
-    prompt = template.encode(loaded.tokenizer, [{"role": "user", "content": "ki lo"}], add_generation_prompt=True)
+    prompt = template.encode(loaded.tokenizer, [{"role": "user", "content": "lo lo lo"}], add_generation_prompt=True)
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=12)
-    assert generate(loaded.model, loaded.tokenizer, [prompt.ids], greedy) == [["lo ki"]]
+    assert generate(loaded.model, loaded.tokenizer, [prompt.ids], greedy) == [["me"]]
     assert "forgetting" in done.report.read_text(encoding="utf-8")
 
 
@@ -157,7 +158,7 @@ def test_the_command(base, instructions, tmp_path, capsys):
 def test_a_line_that_is_no_example_is_named_or_skipped(base, instructions, short, tmp_path, row, match):
     file = tmp_path / "bad.jsonl"
     file.write_text(instructions.read_text() + json.dumps(row) + "\n")
-    with pytest.raises(UserError, match=f"bad.jsonl:201.*{match}.*on-bad-line"):
+    with pytest.raises(UserError, match=f"bad.jsonl:301.*{match}.*on-bad-line"):
         finetune(base, [file], FinetuneConfig(task="instruct"), short())
     tune = FinetuneConfig(task="instruct", on_bad_line="skip")
     assert finetune(base, [file], tune, short(steps=1)).result.steps == 1

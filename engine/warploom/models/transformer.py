@@ -169,7 +169,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the hidden states after the final norm, (B, T, C) in compute_dtype.
 
-        tokens: (B, T) int64. embedded: embedding(tokens), (B, T, C), if the caller has it already. positions: (T,) or (B, T) int64, consecutive within a document; 0, 1, ... if None.
+        tokens: (B, T) int64. embedded: embedding(tokens), (B, T, C), if the caller has it already. positions: (T,) or
+        (B, T) int64, consecutive within a document; 0, 1, ... if None.
         lengths: (B,) integers, tokens per row; an encoder hides the padding behind them, a decoder does so by being
         causal. What is returned at padding means nothing.
         cu_seqlens: (number of documents + 1,) int32 offsets into the B * T tokens read row after row: documents that
