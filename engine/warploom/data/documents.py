@@ -175,13 +175,13 @@ def _read_text(path: Path, options: _Options) -> Iterator[tuple[str, str]]:
 _BOM = b"\xef\xbb\xbf"
 
 
-def _read_jsonl(path: Path, options: _Options) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(path: Path, options: _Options) -> Iterator[tuple[str, str]]:
     with open(path, "rb") as file:
         yield from _json_lines(file, path, options)
 
 
-def _read_compressed(unfold: Callable[[IO[bytes]], Any]) -> Callable[[Path, _Options], Iterator[tuple[str, Any]]]:
-    def read(path: Path, options: _Options) -> Iterator[tuple[str, Any]]:
+def _read_compressed(unfold: Callable[[IO[bytes]], Any]) -> Callable[[Path, _Options], Iterator[tuple[str, str]]]:
+    def read(path: Path, options: _Options) -> Iterator[tuple[str, str]]:
         limit = max(EXPANSION_FLOOR_BYTES, MAX_EXPANSION * path.stat().st_size)
         try:
             with open(path, "rb") as file, unfold(file) as stream:
@@ -348,7 +348,7 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-_READERS: dict[str, Callable[[Path, _Options], Iterator[tuple[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path, _Options], Iterator[tuple[str, str]]]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".py": _read_text,
@@ -361,6 +361,6 @@ _READERS: dict[str, Callable[[Path, _Options], Iterator[tuple[str, Any]]]] = {
 _KNOWN = "known are " + " ".join(_READERS)
 
 
-def _reader(path: Path) -> Callable[[Path, _Options], Iterator[tuple[str, Any]]] | None:
+def _reader(path: Path) -> Callable[[Path, _Options], Iterator[tuple[str, str]]] | None:
     name = path.name.lower()
     return next((read for ending, read in _READERS.items() if name.endswith(ending)), None)
