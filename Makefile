@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint format asan clean
+.PHONY: demo pipeline test test-all lint format asan clean
 
 # Reinstalled when what decides the install changes; a change in csrc/ rebuilds the extension alone.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null)
@@ -20,6 +20,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -t
 
 demo: $(VENV)/.installed
 	$(BIN)/warploom train --budget 5m --train.out-dir runs/demo
+
+# The whole guide, from raw web archives and novels to a served page (examples/pipeline/run.sh); any folder will do.
+DATA ?= ../shared/data
+OUT  ?= runs/pipeline
+pipeline: $(VENV)/.installed
+	WARPLOOM=$(BIN)/warploom examples/pipeline/run.sh $(DATA) $(OUT)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

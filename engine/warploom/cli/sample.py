@@ -26,6 +26,10 @@ class Command:
     """A step-... folder, or a run folder, whose newest sound checkpoint is taken."""
     prompt: tuple[str, ...] = ("",)
     """Texts to continue, or, for an encoder-decoder, to translate; the empty text begins a document."""
+    chat: bool = False
+    """Take each prompt as what a user says, written in the chat template of the checkpoint."""
+    base: Path | None = None
+    """The base of an adapter, where it is no longer where it was."""
     num_beams: int = 0
     """encoder-decoder: beam search of this width instead of sampling; 0 samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -38,7 +42,10 @@ class Command:
         if self.threads:
             torch.set_num_threads(self.threads)
         loaded = load_model(
-            self.checkpoint, device=choose_device(self.device), on_skip=lambda text: print(text, file=sys.stderr)
+            self.checkpoint,
+            device=choose_device(self.device),
+            base=self.base,
+            on_skip=lambda text: print(text, file=sys.stderr),
         )
         if loaded.tokenizer is None:
             raise UserError(f"{loaded.path} holds no tokenizer, so it cannot read or write text")
@@ -49,8 +56,16 @@ class Command:
 
     def _sample(self, loaded: LoadedModel) -> None:
         is_translating = loaded.config.model.architecture == "encoder-decoder"
-        prompts = [""] * len(self.prompt) if is_translating else list(self.prompt)
+        prompts: list[str] | list[list[int]] = [""] * len(self.prompt) if is_translating else list(self.prompt)
         sources = list(self.prompt) if is_translating else None
+        template, end_id = loaded.chat_template, None
+        assert loaded.tokenizer is not None
+        if self.chat:
+            if template is None:
+                raise UserError(f"{loaded.path} holds no chat template; leave chat out, or tune it with finetune")
+            talks = [[{"role": "user", "content": prompt}] for prompt in self.prompt]
+            prompts = [template.encode(loaded.tokenizer, talk, add_generation_prompt=True).ids for talk in talks]
+            end_id = template.end_id(loaded.tokenizer)
         streams = len(prompts) * self.sampling.num_samples == 1
 
         def on_text(prompt: int, sample: int, piece: str) -> None:
@@ -58,14 +73,14 @@ class Command:
             sys.stdout.flush()
 
         if streams:
-            sys.stdout.write(prompts[0])
-        assert loaded.tokenizer is not None
+            sys.stdout.write("" if is_translating or self.chat else self.prompt[0])
         texts = generate(
             loaded.model,
             loaded.tokenizer,
             prompts,
             self.sampling,
             sources=sources,
+            end_id=end_id,
             on_text=on_text if streams else None,
         )
         if streams:
@@ -74,7 +89,7 @@ class Command:
         for number, (prompt, samples) in enumerate(zip(self.prompt, texts, strict=True)):
             for sample, text in enumerate(samples):
                 print(f"--- prompt {number + 1} of {len(texts)}, sample {sample + 1} of {len(samples)} ---")
-                print(text if is_translating else prompt + text)
+                print(text if is_translating or self.chat else prompt + text)
 
     def _translate(self, loaded: LoadedModel) -> None:
         if loaded.config.model.architecture != "encoder-decoder":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from warploom.train.device import choose_device, choose_dtype
 from warploom.train.estimate import estimate
 from warploom.train.monitor import format_duration
 from warploom.train.processes import is_first_process, joined
+from warploom.train.report import Sample
 from warploom.train.run import TextConfig, TextRun, train_on_text
 
 
@@ -116,11 +118,15 @@ def dry_run(config: RunConfig) -> None:
     print(", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()))
 
 
-def show(done: TextRun) -> None:
-    """Print the samples, the figures and where the report is."""
-    for sample in done.samples:
+def show_samples(samples: Iterable[Sample]) -> None:
+    for sample in samples:
         print(f"\n--- temperature {sample.temperature} ---")
         print(sample.prompt + sample.text)
+
+
+def show(done: TextRun) -> None:
+    """Print the samples, the figures and where the report is."""
+    show_samples(done.samples)
     result = done.result
     print(
         f"\nHeld-out loss {result.heldout_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "

@@ -48,7 +48,26 @@ def read_documents(
     over MAX_DOCUMENT_BYTES. counts, if given, receives how many documents were left out or changed, by reason.
     Raises UserError for whatever is not forgiven by these two, and if no document at all was found.
     """
-    options = _Options(text_column, on_bad_utf8, on_bad_line, Counter() if counts is None else counts)
+    yield from _read(paths, _Options(text_column, on_bad_utf8, on_bad_line, Counter() if counts is None else counts))
+
+
+def read_records(
+    paths: Paths,
+    on_bad_utf8: Literal["error", "replace"] = "error",
+    on_bad_line: Literal["error", "skip"] = "error",
+    counts: Counter[str] | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (source, object) for each line of JSON-lines files, whole; else as read_documents.
+
+    Raises UserError for a file of another kind, too.
+    """
+    for path in list_files(paths):
+        if ".jsonl" not in path.name.lower():
+            raise UserError(f"{path} is no JSON-lines file; give .jsonl, .jsonl.gz, .jsonl.xz or .jsonl.zst")
+    yield from _read(paths, _Options(None, on_bad_utf8, on_bad_line, Counter() if counts is None else counts))
+
+
+def _read(paths: Paths, options: _Options) -> Iterator[tuple[str, Any]]:
     files = list_files(paths)
     found = False
     for path in files:
@@ -124,7 +143,7 @@ def _seen(files: list[Path], known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Options:
-    text_column: str
+    text_column: str | None  # None: whole records
     on_bad_utf8: str
     on_bad_line: str
     counts: Counter[str] = field(compare=False)
@@ -187,7 +206,7 @@ def _read_jsonl(path: Path, options: _Options) -> Iterator[tuple[str, str]]:
         yield from _json_lines(lines, path, options)
 
 
-def _json_lines(file: IO[bytes], path: Path, options: _Options) -> Iterator[tuple[str, str]]:
+def _json_lines(file: IO[bytes], path: Path, options: _Options) -> Iterator[tuple[str, Any]]:
     offset = 0
     number = 0
     while line := file.readline(MAX_DOCUMENT_BYTES + 1):
@@ -205,11 +224,12 @@ def _json_lines(file: IO[bytes], path: Path, options: _Options) -> Iterator[tupl
         if not line.strip():
             continue
         try:
-            text = _text_field(_decode(line, path, start, options), options.text_column)
+            record = _record(_decode(line, path, start, options))
+            value = record if options.text_column is None else _text_field(record, options.text_column)
         except _BadLine as bad:
             options.bad_line(place, bad.reason, bad.detail)
             continue
-        yield str(number), text
+        yield str(number), value
 
 
 class _BadLine(Exception):
@@ -217,7 +237,7 @@ class _BadLine(Exception):
         self.reason, self.detail = reason, detail
 
 
-def _text_field(line: str, column: str) -> str:
+def _record(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except RecursionError:
@@ -226,6 +246,10 @@ def _text_field(line: str, column: str) -> str:
         raise _BadLine("not JSON", f"is not JSON ({error}); mend it") from None
     if not isinstance(record, dict):
         raise _BadLine("not an object", f"is a JSON {type(record).__name__}, not an object; give one object per line")
+    return record
+
+
+def _text_field(record: dict[str, Any], column: str) -> str:
     if column not in record:
         fields = ", ".join(map(repr, list(record)[:12])) or "none"
         raise _BadLine("no such field", f"has no field {column!r}, its fields are {fields}; name one as text-column")
@@ -264,6 +288,7 @@ def _read_parquet(path: Path, options: _Options) -> Iterator[tuple[str, str]]:
     except ImportError as error:
         raise UserError(f"reading {path} needs pyarrow: pip install 'warploom[parquet]'") from error
     column = options.text_column
+    assert column is not None  # whole records are read from JSON lines alone
     try:
         with parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:

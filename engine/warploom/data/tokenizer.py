@@ -158,14 +158,19 @@ class Tokenizer:
         return self._encoder.decode(ids, skip_special_tokens=False)
 
     @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """The tokens that encode never makes of text, by name: <|endoftext|>, and what else the tokenizer brings."""
+        added = self._encoder.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    @cached_property
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text behind each token, 0 for control tokens. They add up to the text's."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._encoder.get_vocab().items():
             lengths[index] = len(token)  # one character per byte in the byte-level alphabet
-        for index, added in self._encoder.get_added_tokens_decoder().items():
-            if added.special:
-                lengths[index] = 0
+        for index in self.control_tokens.values():
+            lengths[index] = 0
         return lengths
 
     def _pieces(self, text: str) -> Iterator[str]:

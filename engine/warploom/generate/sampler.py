@@ -27,17 +27,19 @@ class TextCodec(Protocol):
 def generate(
     model: Transformer,
     tokenizer: TextCodec,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str | Sequence[int]],
     sampling: SamplingConfig | None = None,
     *,
     sources: Sequence[str] | None = None,
+    end_id: int | None = None,
     on_text: Callable[[int, int, str], None] | None = None,
 ) -> list[list[str]]:
     """Continue each prompt num_samples times. Returns, per prompt, the continuations without the prompt.
 
     Prompts may have different lengths; what a sample says does not depend on the prompts beside it, up to the rounding
     of the model's products. A sample ends at <|endoftext|>, a stop string (cut off), max_new_tokens, or when the
-    model's context is full. Each prompt is read as the beginning of a document, an empty one too. For an
+    model's context is full. Each prompt is read as the beginning of a document, an empty one too; one that is given as
+    token ids, a chat's for instance, is read as it stands. end_id: another token that ends a sample. For an
     encoder-decoder, sources gives the text to encode for each prompt. on_text(prompt number, sample number, piece) is
     called as text comes.
     Raises UserError for a prompt longer than the context.
@@ -45,7 +47,8 @@ def generate(
     sampling = SamplingConfig() if sampling is None else sampling
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     # Training documents begin with <|endoftext|>, so a prompt does too.
-    encoded = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    encoded = [[tokenizer.eos_id, *tokenizer.encode(p)] if isinstance(p, str) else list(p) for p in prompts]
+    end_ids = (tokenizer.eos_id, end_id)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= model.config.max_seq_len:
             raise UserError(
@@ -64,7 +67,7 @@ def generate(
 
     def on_step(drawn: list[int]) -> bool:
         for row, token in enumerate(drawn):
-            if not finished[row] and token == tokenizer.eos_id:
+            if not finished[row] and token in end_ids:
                 finished[row] = True
             elif not finished[row]:
                 piece, finished[row] = streams[row].add(token)

@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from warploom.nn.linear import Linear
+from warploom.nn.lora import LoRALinear
 from warploom.ops.attention import attention
 from warploom.ops.linear_qkv import linear_qkv
 
@@ -95,11 +96,13 @@ class SelfAttention(_Attention):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        if any(type(part) is not Linear for part in parts):  # something else was put in their place, an adapter say
+        if any(type(part) not in (Linear, LoRALinear) for part in parts):  # something else was put in their place
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = (part.parameters_for(x) for part in parts)
         packed = [part.packed for part in parts]
-        return linear_qkv(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, packed)
+        q, k, v = linear_qkv(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, packed)
+        q, k, v = (p.adapt(y, x) if isinstance(p, LoRALinear) else y for p, y in zip(parts, (q, k, v), strict=True))
+        return q, k, v
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x: (B, T, C), any floating dtype; returns the same. Packed documents come as B == 1 with cu_seqlens."""

@@ -69,7 +69,7 @@ def build_optimizers(
         return optimizer
 
     optimizers: list[AdamW | Muon]
-    if config.name == "muon":
+    if config.name == "muon" and hidden:  # none is left where all of them are frozen
         muon = Muon(
             hidden,
             lr=config.muon_lr,

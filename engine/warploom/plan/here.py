@@ -67,7 +67,9 @@ def depths(model: TransformerConfig) -> list[tuple[TransformerConfig, int]]:
 def extrapolate(seconds: Sequence[float], blocks: Sequence[int]) -> float:
     """Return the seconds of the whole model from those of depths(). What a second block seems to save is noise."""
     first = seconds[0]
-    return first + sum(max(0.0, more - first) * (count - 1) for more, count in zip(seconds[1:], blocks[1:], strict=True))
+    return first + sum(
+        max(0.0, more - first) * (count - 1) for more, count in zip(seconds[1:], blocks[1:], strict=True)
+    )
 
 
 def training_calls(

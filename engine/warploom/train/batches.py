@@ -9,18 +9,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from warploom.data.loader import Loader, evaluation_batches
+from warploom.data.loader import IGNORE_INDEX, Loader, evaluation_batches
 from warploom.data.shards import TokenDataset
 from warploom.train.config import TrainConfig
 
-_INPUTS = ("cu_seqlens", "positions", "lengths", "source", "source_lengths")
+_INPUTS = ("cu_seqlens", "positions", "lengths", "source", "source_lengths", "pairs", "reference")
 
 
 class Batch(Protocol):
     """One micro batch: tokens and targets, (B, T) int64; a target of IGNORE_INDEX counts for nothing.
 
     It may carry any of the arguments of Transformer.forward under their names: cu_seqlens, positions, lengths, source,
-    source_lengths; None is as good as absent.
+    source_lengths, and those of another loss: pairs, reference; None is as good as absent. Where its loss is no sum
+    over targets, num_losses says over how many summands it is.
     """
 
     @property
@@ -76,6 +77,12 @@ class TokenData:
             separate_documents=self._config.separate_documents,
             max_windows=math.ceil(self._config.eval_tokens / self._config.seq_len) or None,
         )
+
+
+def num_losses(batch: Batch) -> int:
+    """Return by what the loss of the batch is divided to make it a mean: its targets, or what the batch says."""
+    given = getattr(batch, "num_losses", None)
+    return int((batch.targets != IGNORE_INDEX).sum()) if given is None else given
 
 
 def inputs_to(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; from_dict gives the same configuration back."""
-        return _to_json(self)
+        return to_json(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
@@ -156,11 +156,12 @@ def from_dict(cls: type, values: dict[str, Any], path: str = "") -> Any:
     return cls(**{key: _from_json(hints[key], value, prefix + key) for key, value in values.items()})
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Return a configuration dataclass, or a value of one, as plain JSON values."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

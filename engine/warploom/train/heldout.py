@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from warploom.data.loader import IGNORE_INDEX
-from warploom.train.batches import Batch, inputs_to
+from warploom.train.batches import Batch, inputs_to, num_losses
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def heldout_loss(
         if stop is not None and stop():
             return None
         total += loss_sum(**inputs_to(batch, device))
-        num_targets += int((batch.targets != IGNORE_INDEX).sum())
+        num_targets += num_losses(batch)
         batch_bytes = getattr(batch, "num_bytes", None)
         num_bytes = None if num_bytes is None or batch_bytes is None else num_bytes + batch_bytes
     return HeldoutLoss(float(total) / num_targets if num_targets else math.nan, num_targets, num_bytes)

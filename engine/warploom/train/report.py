@@ -70,12 +70,15 @@ def write_report(
     wall_s: float,
     warnings: Sequence[str] = (),
     plan: Sequence[str] = (),
+    loss_meaning: str = "nats per token of text the model never trained on",
+    more_figures: Sequence[tuple[str, str, str]] = (),
 ) -> Path:
     """Write run_dir/report.html and return its path. The page needs no other file and no network.
 
     config: the resolved configuration, nested mappings of plain values. environment: name -> value, as to be read.
     wall_s: seconds the whole of it took. warnings: sentences on the quality of the run. plan: what a time budget chose,
-    and why, one sentence each.
+    and why, one sentence each. loss_meaning: what the held-out loss is of; one that is not nats per token has no
+    perplexity. more_figures: (name, value, meaning).
     """
     metrics = read_metrics(run_dir / METRICS_FILE)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
@@ -84,7 +87,7 @@ def write_report(
     page = template.render(
         name=run_dir.resolve().name,
         stopped_because=result.stopped_because,
-        figures=_figures(result, metrics, wall_s),
+        figures=[*more_figures, *_figures(result, metrics, wall_s, loss_meaning)],
         warnings=warnings,
         plan=plan,
         loss=_loss_chart(metrics),
@@ -100,7 +103,7 @@ def write_report(
     return path
 
 
-def _figures(result: TrainResult, metrics: Metrics, wall_s: float) -> list[tuple[str, str, str]]:
+def _figures(result: TrainResult, metrics: Metrics, wall_s: float, loss_meaning: str) -> list[tuple[str, str, str]]:
     """(name, value, one sentence that says what it means) of each final figure."""
     rate = statistics.median(value for _, value in metrics.steps["tokens_per_s"])
     share = statistics.median(value for _, value in metrics.steps["mfu_measured"])
@@ -109,11 +112,10 @@ def _figures(result: TrainResult, metrics: Metrics, wall_s: float) -> list[tuple
         meaning = f"of held-out text; as a compressor, the model would shrink it to {result.bits_per_byte / 8:.0%}"
         figures.append(("bits per byte", f"{result.bits_per_byte:.3f}", meaning))
     if not math.isnan(result.heldout_loss):
-        perplexity = math.exp(min(result.heldout_loss, 700.0))  # e^710 is past the largest float
-        figures += [
-            ("held-out loss", f"{result.heldout_loss:.3f}", "nats per token of text the model never trained on"),
-            ("perplexity", f"{perplexity:,.1f}", "as unsure as a choice among this many tokens"),
-        ]
+        figures.append(("held-out loss", f"{result.heldout_loss:.3f}", loss_meaning))
+        if loss_meaning.startswith("nats per token"):
+            perplexity = math.exp(min(result.heldout_loss, 700.0))  # e^710 is past the largest float
+            figures.append(("perplexity", f"{perplexity:,.1f}", "as unsure as a choice among this many tokens"))
     return figures + [
         ("tokens", f"{result.tokens:,}", f"trained on, in {result.steps:,} steps"),
         ("wall time", format_duration(wall_s), f"{rate:,.0f} tokens per second in the median step"),

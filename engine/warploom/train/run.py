@@ -243,6 +243,13 @@ def environment(dataset: TokenDataset, model: Transformer, config: RunConfig) ->
         "training text": f"{splits['train']['num_bytes']:,} bytes, {splits['train']['num_tokens']:,} tokens",
         "held-out text": f"{splits['heldout']['num_bytes']:,} bytes, {splits['heldout']['num_tokens']:,} tokens",
         "tokenizer": f"{dataset.tokenizer.vocab_size:,} words, sha256 {dataset.tokenizer.sha256[:16]}",
+        **machine(model),
+    }
+
+
+def machine(model: Transformer) -> Mapping[str, str]:
+    """What the speed of a run depends on, as name -> value to be read."""
+    return {
         "device": torch.cuda.get_device_name() if next(model.parameters()).is_cuda else processor_name(),
         "CPU kernels": _extension.missing or f"instruction-set level {torch.ops.warploom_cpu.level()}",
         "threads": str(torch.get_num_threads()),

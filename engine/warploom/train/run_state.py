@@ -7,7 +7,7 @@ no state of its own: it follows from the counters.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from warploom.checkpoint.optimizer import flatten_optimizer, restore_optimizer
 from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
 from warploom.models.transformer import Transformer
+from warploom.nn.lora import adapter_state, base_state, lora_layers
 from warploom.train.batches import BatchStream
 from warploom.train.config import RunConfig, TrainConfig
 
@@ -82,7 +83,7 @@ def capture(
     is_evaluated = progress.step == progress.evaluated_step > 0
     state = CheckpointState(
         step=progress.step,
-        weights=model.state_dict() if parallel is None else {},
+        weights=own_weights(model) if parallel is None else {},
         optimizer=optimizer_tensors,
         meta={
             "config": config.to_dict(),
@@ -99,6 +100,16 @@ def capture(
     if parallel is not None:
         parallel.gather(state)
     return state
+
+
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of the model: all of it, or the adapters alone if it has some."""
+    return adapter_state(model) if lora_layers(model) else model.state_dict()
+
+
+def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put what own_weights returned back into a model of the same kind; errors as checkpoint.load_weights."""
+    load_weights(model, {**base_state(model.state_dict()), **weights} if lora_layers(model) else weights)
 
 
 def find_state(config: TrainConfig, on_message: Callable[[str], None]) -> tuple[Path, CheckpointState] | None:
@@ -142,7 +153,7 @@ def restore(
         )
     if parallel is None:
         named = list(model.named_parameters())
-        load_weights(model, state.weights)
+        restore_weights(model, state.weights)
     else:
         named = parallel.named
         with torch.device("meta"):

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from warploom.data.loader import IGNORE_INDEX
 from warploom.ops import grad_norm
-from warploom.train.batches import Batch, inputs_to
+from warploom.train.batches import Batch, inputs_to, num_losses
 
 
 class StepOutcome(NamedTuple):
@@ -70,7 +69,7 @@ def training_step(
     With several processes micro_batches is the whole global batch on each, and each takes its share.
     """
     device = parameters[0].device
-    num_targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in micro_batches)
+    num_targets = sum(map(num_losses, micro_batches))
     for parameter in parameters:
         parameter.grad = None
     loss = processes.accumulate(loss_sum, [inputs_to(batch, device) for batch in micro_batches], num_targets)

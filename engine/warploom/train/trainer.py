@@ -7,7 +7,7 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from warploom.checkpoint.format import folder_name, list_checkpoints, step_of
 from warploom.checkpoint.lock import RunLock
@@ -75,7 +76,8 @@ class Trainer:
     data is a TokenDataset or any TrainingData. The tokenizer, by default the data set's, goes into the checkpoints.
     Without a monitor the run is silent. The run folder is config.train.out_dir; only one trainer at a time can work in
     it. With a deadline, a moment of time.monotonic(), the number of steps is corrected to the pace of the run, so that
-    the last step, with the evaluations and checkpoints before it, is done by then.
+    the last step, with the evaluations and checkpoints before it, is done by then. loss_sum takes the place of
+    model.loss (see training_step). extras, JSON values, go into the meta of every checkpoint.
 
     parallelize spreads the model over the processes of its mesh. All of them make a Trainer with the same weights, data
     and configuration and call the same methods; rank 0 alone writes.
@@ -91,6 +93,8 @@ class Trainer:
         monitor: Monitor | None = None,
         deadline: float | None = None,
         parallelize: Parallelize | None = None,
+        loss_sum: Callable[..., Tensor] | None = None,
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(data, TokenDataset):
             tokenizer = tokenizer or data.tokenizer
@@ -101,6 +105,8 @@ class Trainer:
                     f"{tokenizer.vocab_size} tokens; make them equal"
                 )
         self.model, self.config = model, config
+        self._loss_sum: Callable[..., Tensor] = loss_sum or functools.partial(model.loss, reduction="sum")
+        self._extras = extras or {}
         self._data = TokenData(data, config.train) if isinstance(data, TokenDataset) else data
         self._tokenizer, self._monitor, self._deadline = tokenizer, monitor, deadline
         self._device = choose_device(config.train.device)
@@ -137,6 +143,11 @@ class Trainer:
                 if self._monitor is not None:
                     self._monitor.close()
         return result
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """What holds the state of the run's trainable parameters, once fit has begun."""
+        return self._optimizers
 
     def _set_up(self) -> None:
         """Bring model, optimizers, data and random states to the start of the run, or to where it was left."""
@@ -183,8 +194,8 @@ class Trainer:
         self._module: nn.Module = self.model
         self._processes: Processes = ONE_PROCESS
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        loss_sum = functools.partial(self.model.loss, reduction="sum")
-        self._loss_sum: Callable[..., Tensor] = torch.compile(loss_sum) if train.compile else loss_sum
+        if train.compile:
+            self._loss_sum = torch.compile(self._loss_sum)
         self._heldout_loss_sum: Callable[..., Tensor] = self._loss_sum
         fit = set_kept(self.model, self.config, self._loss_sum, self._sample_inputs)
         if fit is not None:
@@ -374,6 +385,7 @@ class Trainer:
         state = run_state.capture(
             progress, self.model, self._optimizers, self._stream, self.config, self._tokenizer, self._parallel
         )
+        state.meta.update(self._extras)
         failure: SaveFailed | None = None
         try:
             if self._rank == 0:

@@ -1,0 +1,48 @@
+"""`warploom serve`: a trained model over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from warploom.errors import UserError
+from warploom.serve.config import ServeConfig
+from warploom.train.device import choose_device
+
+
+@dataclass(frozen=True)
+class Command:
+    """Serve checkpoints: OpenAI's API for completions and chat, and a page to try and compare them."""
+
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """step-... folders, or run folders, whose newest sound checkpoints are taken; the first is the default model."""
+    base: Path | None = None
+    """The base of an adapter, where it is no longer where it was."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    server: Annotated[ServeConfig, tyro.conf.arg(name="")] = field(default_factory=ServeConfig)
+
+    def run(self) -> None:
+        try:
+            from warploom.serve.server import load_models, serve
+        except ImportError as error:
+            raise UserError(f"serving needs {error.name}: pip install 'warploom[serve]'") from error
+        if not self.checkpoints:
+            raise UserError("no checkpoint was given; name a run folder")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        models = load_models(
+            self.checkpoints,
+            self.server,
+            device=choose_device(self.device),
+            base=self.base,
+            on_skip=lambda text: print(text, file=sys.stderr),
+        )
+        serve(models, self.server, lambda text: print(text, flush=True))
