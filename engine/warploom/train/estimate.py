@@ -116,7 +116,9 @@ def _block_bytes_per_token(config: TransformerConfig, width: int, has_cross: boo
         "relu2": 2 * F,  # before and after the square
         "gelu": 2 * F,  # before and after the function
         "gelu_tanh": 2 * F,
+        "silu": 2 * F,
         "swiglu": 4 * F,  # gate, up, silu(gate), product
+        "geglu": 4 * F,
     }[config.activation] * width
     sub_layers = 2 * (norm + dropout) + attention + feed_forward
     if has_cross:
