@@ -66,11 +66,11 @@ def import_model(folder: str | os.PathLike[str]) -> ImportedModel:
     settings = _read_settings(folder)
     family = FAMILIES[settings.values["model_type"]]
     files = _weight_files(folder)
-    names = {name: file for file in files for name in _tensor_names(file)}
+    names = {name: file for file in files for name in tensor_names(file)}
     # What is not under the prefix of the model with its output layer is of one without.
     is_bare = not any(name.startswith(family.prefix) for name in names)
     names = {(family.prefix if is_bare else "") + name: (file, name) for name, file in names.items()}  # type: ignore[misc]
-    with _Reader(names) as read:  # type: ignore[arg-type]
+    with TensorReader(names) as read:  # type: ignore[arg-type]
         used = {name for name in names if not family.ignored.fullmatch(name)}
         is_tied = _is_tied(family, settings, used, read)
         config = TransformerConfig(**family.read_config(settings), tie_embeddings=is_tied)
@@ -189,7 +189,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} holds no {WEIGHTS}")
 
 
-def _tensor_names(path: Path) -> list[str]:
+def tensor_names(path: Path) -> list[str]:
     try:
         with open(path, "rb") as file:
             return list(read_header(file, os.fstat(file.fileno()).st_size))
@@ -197,14 +197,14 @@ def _tensor_names(path: Path) -> list[str]:
         raise UserError(f"{path} {error}") from error
 
 
-class _Reader:
+class TensorReader:
     """Reads tensors by name: name -> (file, name in it)."""
 
     def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
         self._places = places
         self._open: dict[Path, Any] = {}
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> TensorReader:
         try:
             for file in {file for file, _ in self._places.values()}:
                 self._open[file] = safe_open(file, framework="pt").__enter__()
@@ -223,7 +223,7 @@ class _Reader:
         return self._open[file].get_tensor(tensor).clone()
 
 
-def _is_tied(family: Family, settings: Settings, names: set[str], read: _Reader) -> bool:
+def _is_tied(family: Family, settings: Settings, names: set[str], read: TensorReader) -> bool:
     """Whether embedding and output layer are one matrix. What is stored counts first, since a config.json may leave
     out a default."""
     head, embedding = family.head
