@@ -15,6 +15,7 @@ class ByteCodec:
     """Token i is byte i; 256 ends a document."""
 
     eos_id = 256
+    begin_ids = (256,)
 
     def encode(self, text):
         return list(text.encode("utf-8"))

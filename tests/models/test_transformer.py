@@ -15,7 +15,7 @@ TINY = {"vocab_size": 17, "max_seq_len": 32, "d_model": 24, "num_layers": 2, "nu
 FACTORS = {
     "architecture": ("decoder", "encoder", "encoder-decoder"),
     "position": POSITIONS,
-    "activation": ("relu", "relu2", "gelu", "gelu_tanh", "swiglu"),
+    "activation": ("relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"),
     "norm": ("layer_norm", "rms_norm"),
     "norm_position": ("pre", "post"),
     "norm_bias": (True, False),
@@ -26,6 +26,8 @@ FACTORS = {
     "bias": (True, False),
     "tie_embeddings": (True, False),
     "scale_embedding": (True, False),
+    "embedding_norm": (True, False),
+    "output_bias": (True, False),
     "dropout": (0.0, 0.1),
 }
 

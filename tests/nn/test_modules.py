@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from warploom.nn import Embedding, FeedForward, LayerNorm, Linear, RMSNorm, SwiGLU
+from warploom.nn import GEGLU, Embedding, FeedForward, LayerNorm, Linear, RMSNorm, SwiGLU
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -22,9 +22,10 @@ def test_feed_forward_equals_torch(activation, bias):
     torch.testing.assert_close(module(x), F.linear(hidden, module.down_proj.weight, module.down_proj.bias))
 
 
-def test_swiglu_equals_torch():
-    module, x = SwiGLU(6, 10, bias=False).double(), torch.randn(2, 3, 6, dtype=torch.float64)
-    hidden = F.silu(x @ module.gate_proj.weight.T) * (x @ module.up_proj.weight.T)
+@pytest.mark.parametrize("gated, function", [(SwiGLU, F.silu), (GEGLU, lambda x: F.gelu(x, approximate="tanh"))])
+def test_gated_layers_equal_torch(gated, function):
+    module, x = gated(6, 10, bias=False).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    hidden = function(x @ module.gate_proj.weight.T) * (x @ module.up_proj.weight.T)
     torch.testing.assert_close(module(x), hidden @ module.down_proj.weight.T)
 
 

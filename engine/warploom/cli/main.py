@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
 from warploom.cli.flags import parse
 from warploom.errors import UserError, nearest
 
-# A verb is the file warploom/cli/<verb>.py with a dataclass Command; only the verb that was asked for is imported.
+# A verb is the file warploom/cli/<verb>.py (import_.py: the word is Python's) with a dataclass Command; only the verb
+# that was asked for is imported.
 VERBS = {
     "doctor": "what was built, what this machine has, and which back end each op will use and why",
     "tokenize": "train a tokenizer on text and encode the text into token shards",
@@ -19,6 +21,8 @@ VERBS = {
     "sample": "write text with a trained model",
     "serve": "serve checkpoints over HTTP: OpenAI's API, and a page to try and compare them",
     "eval": "held-out loss, perplexity and bits per byte of a checkpoint",
+    "import": "a model of Hugging Face transformers, llama.cpp or CTranslate2 as a checkpoint",
+    "export": "a checkpoint for Hugging Face transformers, llama.cpp or ONNX Runtime",
     "plan": "what a run will take: FLOPs, memory, the layouts that fit, days, cost; and how right that was",
     "verify": "prove every op right on this machine, on each back end and instruction-set level",
     "ladder": "from a naive training loop to this engine, one optimisation at a time: speed, memory, equal losses",
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"there is no verb {verb!r}{nearest(verb, VERBS)}")
-        command = parse(importlib.import_module(f"warploom.cli.{verb}").Command, f"warploom {verb}", rest)
+        module = f"warploom.cli.{verb}_" if keyword.iskeyword(verb) else f"warploom.cli.{verb}"
+        command = parse(importlib.import_module(module).Command, f"warploom {verb}", rest)
         return command.run() or 0
     except UserError as error:
         print(f"warploom: {error}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 Any text round-trips: decode(encode(text)) == text, since each token is a string of bytes and nothing is normalised.
 The control token <|endoftext|> comes only from us: the same characters inside text are encoded as plain text.
+
+The tokenizer of an imported model may be of another kind (adopt), and says which of its tokens begin and end a text.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,32 +28,66 @@ MIN_VOCAB_SIZE = 257  # each byte, and the end of text
 _MIN_FREQUENCY = 2
 # Longer texts are encoded in pieces: the library holds an object of some hundred bytes per token of one text.
 _PIECE_CHARS = 1 << 16
+# The entry that an adopted tokenizer has beside those of the library, which does not see it.
+_ADOPTED = "warploom"
 
 
 class Tokenizer:
     """Text to token ids and back. Made by train, load or from_bytes."""
 
     def __init__(self, document: str):
-        """document: the JSON of a `tokenizers` tokenizer. Raises UserError if it is not byte-level BPE."""
+        """document: the JSON of a `tokenizers` tokenizer. Raises UserError if it is neither byte-level BPE nor made by
+        adopt."""
         try:
             settings = json.loads(document)
             # Canonical, so that the hash does not depend on the library's version or on how a file was laid out.
             self._json = json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-            self._encoder = tokenizers.Tokenizer.from_str(self._json)
+            adopted = settings.pop(_ADOPTED, None)
+            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(_without_strip(settings)))
         except RecursionError as error:
             raise UserError("the tokenizer file is JSON nested too deeply; give a tokenizer.json") from error
         except Exception as error:  # the library raises bare Exception for JSON that it cannot use
             raise UserError(f"the tokenizer file cannot be used: {error}; give a tokenizer.json") from error
-        _require_byte_level(settings, self._encoder)
         self._encoder.encode_special_tokens = True
         self._encoder.no_truncation()
         self._encoder.no_padding()
-        self._splittable = settings["pre_tokenizer"].get("use_regex", False)  # GPT-2's pattern, and nothing before it
-        eos_id = self._encoder.token_to_id(END_OF_TEXT)
-        if eos_id is None:
-            raise UserError(f"the tokenizer has no token {END_OF_TEXT!r}; give one that has")
-        self.eos_id: int = eos_id
+        self.chat_template: str | None = None
+        if adopted is None:
+            _require_byte_level(settings, self._encoder)
+            eos_id = self._encoder.token_to_id(END_OF_TEXT)
+            if eos_id is None:
+                raise UserError(f"the tokenizer has no token {END_OF_TEXT!r}; give one that has")
+            self.eos_id: int = eos_id
+            self.begin_ids: tuple[int, ...] = (eos_id,)
+        else:
+            self.eos_id, self.begin_ids = int(adopted["eos_id"]), tuple(map(int, adopted["begin_ids"]))
+            self.chat_template = adopted["chat_template"]
+        self._unit = _unit(settings)
+        # GPT-2's pattern, and nothing before it.
+        self._splittable = self._unit == "byte" and (settings.get("pre_tokenizer") or {}).get("use_regex", False)
         self.vocab_size: int = max(self._encoder.get_vocab().values()) + 1
+
+    @classmethod
+    def adopt(
+        cls, document: str, *, eos_id: int, begin_ids: Sequence[int] = (), chat_template: str | None = None
+    ) -> Tokenizer:
+        """Make the tokenizer of an imported model: document as in __init__, of any kind that the library has.
+
+        eos_id ends a text; begin_ids come before every text that the model reads. Raises UserError for a document that
+        the library cannot use and for ids that it does not know.
+        """
+        try:
+            settings = json.loads(document)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the tokenizer file cannot be used: {error}; give a tokenizer.json") from error
+        if not isinstance(settings, dict):
+            raise UserError("the tokenizer file is not a JSON object; give a tokenizer.json")
+        settings[_ADOPTED] = {"eos_id": eos_id, "begin_ids": list(begin_ids), "chat_template": chat_template}
+        tokenizer = cls(json.dumps(settings))
+        for token in (eos_id, *begin_ids):
+            if tokenizer.token(token) is None:
+                raise UserError(f"the tokenizer has no token {token}, which is said to begin or end a text")
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -117,6 +153,20 @@ class Tokenizer:
         """Write to_bytes to a file."""
         Path(path).write_bytes(self.to_bytes())
 
+    def library_json(self) -> bytes:
+        """to_bytes as every program that uses the library reads it: without what adopt added."""
+        settings = json.loads(self._json)
+        settings.pop(_ADOPTED, None)
+        return json.dumps(settings, ensure_ascii=False, indent=2).encode("utf-8")
+
+    def token(self, index: int) -> str | None:
+        """The token with this id as the vocabulary writes it, None if there is none."""
+        return self._encoder.id_to_token(index)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, control tokens among them; None if there is none."""
+        return self._encoder.token_to_id(token)
+
     @cached_property
     def sha256(self) -> str:
         """Hex digest of to_bytes: what token files and checkpoints are held against."""
@@ -165,10 +215,18 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int64: bytes of text behind each token, 0 for control tokens. They add up to the text's."""
+        """(vocab_size,) int64: bytes of text behind each token, 0 for control tokens. They add up to the text's (and,
+        with SentencePiece, the space put before it). Raises UserError for a vocabulary that does not keep the text."""
+        if self._unit == "word":
+            raise UserError("this tokenizer changes text, so its tokens cannot be counted in bytes of it; take another")
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._encoder.get_vocab().items():
-            lengths[index] = len(token)  # one character per byte in the byte-level alphabet
+            if self._unit == "byte":
+                lengths[index] = len(token)  # one character per byte in the byte-level alphabet
+            elif _BYTE_PIECE.fullmatch(token):
+                lengths[index] = 1
+            else:
+                lengths[index] = len(token.replace(_SPACE_PIECE, " ").encode("utf-8"))
         for index in self.control_tokens.values():
             lengths[index] = 0
         return lengths
@@ -197,6 +255,29 @@ def require_vocab_size(vocab_size: int) -> None:
 
 
 _BORDER = re.compile(r"(?<=[!-~])\n(?=[!-~])")
+
+
+# SentencePiece writes a space so, and a byte that is part of no piece.
+_SPACE_PIECE = "\u2581"
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _unit(settings: dict[str, Any]) -> str:
+    """What the tokens of a vocabulary are written in: "byte", "piece" (SentencePiece) or "word" (all others)."""
+    decoder = json.dumps(settings.get("decoder"))
+    if '"ByteLevel"' in decoder:
+        return "byte"
+    return "piece" if '"ByteFallback"' in decoder or '"Metaspace"' in decoder else "word"
+
+
+def _without_strip(settings: dict[str, Any]) -> dict[str, Any]:
+    """SentencePiece's decoder drops the space before the first word, which is that of a text, but not of a
+    continuation: what is decoded piece by piece must keep it."""
+    decoder = settings.get("decoder")
+    if not isinstance(decoder, dict) or decoder.get("type") != "Sequence":
+        return settings
+    kept = [part for part in decoder["decoders"] if part["type"] != "Strip"]
+    return {**settings, "decoder": {**decoder, "decoders": kept}}
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

@@ -19,6 +19,8 @@ class TextCodec(Protocol):
 
     @property
     def eos_id(self) -> int: ...
+    @property
+    def begin_ids(self) -> Sequence[int]: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -46,8 +48,11 @@ def generate(
     """
     sampling = SamplingConfig() if sampling is None else sampling
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    # Training documents begin with <|endoftext|>, so a prompt does too.
-    encoded = [[tokenizer.eos_id, *tokenizer.encode(p)] if isinstance(p, str) else list(p) for p in prompts]
+    # Training documents begin with <|endoftext|>, so a prompt does too; an imported model may begin without a token.
+    encoded = [
+        ([*tokenizer.begin_ids, *tokenizer.encode(p)] or [tokenizer.eos_id]) if isinstance(p, str) else list(p)
+        for p in prompts
+    ]
     end_ids = (tokenizer.eos_id, end_id)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= model.config.max_seq_len:

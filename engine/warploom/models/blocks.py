@@ -16,7 +16,7 @@ from torch import Tensor
 from warploom.models.config import TransformerConfig
 from warploom.models.recompute import Recomputable
 from warploom.nn.attention import AttentionContext, CrossAttention, SelfAttention
-from warploom.nn.feed_forward import FeedForward, SwiGLU
+from warploom.nn.feed_forward import GEGLU, FeedForward, SwiGLU
 from warploom.nn.norm import LayerNorm, RMSNorm
 from warploom.nn.position import (
     AlibiPosition,
@@ -32,8 +32,9 @@ NORMS: dict[str, Callable[[TransformerConfig], nn.Module]] = {
     "rms_norm": lambda config: RMSNorm(config.d_model, config.norm_eps),
 }
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(FeedForward, activation=name) for name in ("relu", "relu2", "gelu", "gelu_tanh")},
+    **{name: partial(FeedForward, activation=name) for name in ("relu", "relu2", "gelu", "gelu_tanh", "silu")},
     "swiglu": SwiGLU,
+    "geglu": GEGLU,
 }
 # (config, whether the stack is causal) -> the positions of one stack, which all of its layers share.
 POSITIONS: dict[str, Callable[[TransformerConfig, bool], NoPosition]] = {
@@ -137,7 +138,8 @@ class SharedNormParallelBlock(_Block):
 
 
 class NoNorm(nn.Module):
-    """What ends a post-norm stack, whose last block has normalised its output already."""
+    """Stands where others have a norm: at the end of a post-norm stack, whose last block has normalised its output
+    already, and between embedding and blocks."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x, x
@@ -151,6 +153,7 @@ BLOCKS: dict[tuple[str, bool], type[_Block]] = {
     ("post", True): PostNormCrossBlock,
 }
 PARALLEL_BLOCKS: dict[int, type[_Block]] = {1: SharedNormParallelBlock, 2: ParallelBlock}
+EMBEDDING_NORMS: dict[bool, Callable[[TransformerConfig], nn.Module]] = {True: _norm, False: lambda config: NoNorm()}
 FINAL_NORMS: dict[str, Callable[[TransformerConfig], nn.Module]] = {"pre": _norm, "post": lambda config: NoNorm()}
 
 

@@ -43,9 +43,9 @@ class TransformerConfig:
     alibi, t5: a bias on attention by distance, fixed (alibi) or learned per bucket of distances (t5)."""
     rotary_base: float = 10000.0
     """rotary: about 1 / (2 pi) of the longest wavelength, in tokens."""
-    activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "swiglu"] = "relu"
+    activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"] = "relu"
     """Of the feed-forward layer. relu2: squared ReLU. gelu_tanh: the approximation that GPT-2 uses.
-    swiglu: gated by SiLU, with a third matrix."""
+    swiglu, geglu: gated by SiLU or by gelu_tanh, with a third matrix."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     """Normalisation."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -54,6 +54,8 @@ class TransformerConfig:
     """Added to the variance inside each norm."""
     norm_bias: bool = True
     """layer_norm: a learned shift beside the scale. rms_norm has none."""
+    embedding_norm: bool = False
+    """Normalise the embedded tokens before the first block (BERT, BART)."""
     parallel_block: bool = False
     """Attention and feed-forward read the same input side by side (Falcon), instead of one after the other."""
     parallel_norms: Literal[1, 2] = 1
@@ -62,6 +64,8 @@ class TransformerConfig:
     """Biases in the linear layers of the blocks."""
     tie_embeddings: bool = True
     """The output layer uses the token embedding's weight."""
+    output_bias: bool = False
+    """A bias in the output layer (Marian)."""
     scale_embedding: bool = False
     """Multiply token embeddings by sqrt(d_model), as the original transformer does."""
     dropout: float = 0.0

@@ -8,8 +8,10 @@ Names in the state_dict, fixed because checkpoints hold them:
     {stack}.blocks.{i}.{attention,cross_attention}.{q,k,v,o}_proj.{weight,bias}
     {stack}.blocks.{i}.feed_forward.{gate,up,down}_proj.{weight,bias}
     {stack}.blocks.{i}.{attention,cross_attention,feed_forward}_norm.{weight,bias}
+    {stack}.embedding_norm.{weight,bias}      only with embedding_norm
     {stack}.norm.{weight,bias}                pre-norm only
     lm_head.weight                            (vocab_size, C), untied only
+    output_bias                               (vocab_size,), only with output_bias
 
 {stack} is `stack` for the tokens the model predicts, and `encoder` for the source of an encoder-decoder.
 """
@@ -24,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from warploom.models.blocks import FINAL_NORMS, POSITIONS, build_block
+from warploom.models.blocks import EMBEDDING_NORMS, FINAL_NORMS, POSITIONS, build_block
 from warploom.models.config import TransformerConfig
 from warploom.models.recompute import run_block
 from warploom.nn.attention import AttentionCache, AttentionContext
@@ -50,6 +52,7 @@ class Stack(nn.Module):
         super().__init__()
         self.causal = causal
         self.position = POSITIONS[config.position](config, causal)
+        self.embedding_norm = EMBEDDING_NORMS[config.embedding_norm](config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(build_block(config, layer, cross) for layer in range(num_layers))
         self.norm = FINAL_NORMS[config.norm_position](config)
@@ -90,7 +93,7 @@ class Stack(nn.Module):
             memory_lengths=memory_lengths,
         )
         if self.begins:
-            x = self.dropout(self.position.embed(x, positions).to(dtype))
+            x = self.dropout(self.embedding_norm(self.position.embed(x, positions).to(dtype), None)[0])
         stream = None
         for block in self.blocks:
             x, stream = run_block(block, x, stream, context)
@@ -124,6 +127,7 @@ class Transformer(nn.Module):
             cross=config.architecture == "encoder-decoder",
         )
         self.lm_head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
         if not self.embedding.weight.is_meta:
             self.init_weights()
 
@@ -155,6 +159,8 @@ class Transformer(nn.Module):
             bias = getattr(module, "bias", None)
             if isinstance(bias, nn.Parameter):
                 nn.init.zeros_(bias)
+        if self.output_bias is not None:
+            nn.init.zeros_(self.output_bias)
 
     def forward(
         self,
@@ -239,7 +245,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the next-token logits (..., V) of hidden states (..., C), in their dtype."""
-        return F.linear(hidden, self.output_weight.to(hidden.dtype))
+        bias = None if self.output_bias is None else self.output_bias.to(hidden.dtype)
+        return F.linear(hidden, self.output_weight.to(hidden.dtype), bias)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum"] = "mean", **arguments: Any
@@ -252,7 +259,7 @@ class Transformer(nn.Module):
         if self.lm_head is None:
             embedded, output_weight = self.embedding.with_weight(tokens)
         hidden = self(tokens, embedded=embedded, **arguments)
-        return linear_cross_entropy(hidden, output_weight, targets, reduction=reduction)
+        return linear_cross_entropy(*self._with_output_bias(hidden, output_weight), targets, reduction=reduction)
 
     def loss_of(self, hidden: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         """Return the loss of targets (B, T) from the hidden states (B, T, C) that forward returns.
@@ -260,7 +267,14 @@ class Transformer(nn.Module):
         The one to call where the weights lie in parts on several processes: it asks for the output layer's when the
         forward pass has gathered them.
         """
-        return linear_cross_entropy(hidden, self.output_weight, targets, reduction=reduction, shard=self.class_shard)
+        hidden, weight = self._with_output_bias(hidden, self.output_weight)
+        return linear_cross_entropy(hidden, weight, targets, reduction=reduction, shard=self.class_shard)
+
+    def _with_output_bias(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The operands of the output layer's product; the op has no bias, so a feature that is always 1 carries it."""
+        if self.output_bias is None:
+            return hidden, weight
+        return F.pad(hidden, (0, 1), value=1.0), torch.cat([weight, self.output_bias[:, None]], dim=1)
 
     def num_parameters(self) -> int:
         """Return the number of parameters; a weight that is used twice counts once."""

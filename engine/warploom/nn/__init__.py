@@ -2,11 +2,12 @@
 
 from warploom.nn.attention import AttentionCache, AttentionContext, CrossAttention, SelfAttention
 from warploom.nn.embedding import Embedding
-from warploom.nn.feed_forward import FeedForward, SwiGLU
+from warploom.nn.feed_forward import GEGLU, FeedForward, SwiGLU
 from warploom.nn.linear import Linear
 from warploom.nn.norm import LayerNorm, RMSNorm
 
 __all__ = [
+    "GEGLU",
     "AttentionCache",
     "AttentionContext",
     "CrossAttention",

@@ -24,14 +24,23 @@ class FeedForward(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
-class SwiGLU(nn.Module):
-    """y = down_proj(silu(gate_proj(x)) * up_proj(x)) (Shazeer, 2020). x, y: (..., C)."""
-
+class _Gated(nn.Module):
     def __init__(self, d_model: int, d_ff: int, bias: bool = True) -> None:
         super().__init__()
         self.gate_proj = Linear(d_model, d_ff, bias)
         self.up_proj = Linear(d_model, d_ff, bias)
         self.down_proj = Linear(d_ff, d_model, bias)
 
+
+class SwiGLU(_Gated):
+    """y = down_proj(silu(gate_proj(x)) * up_proj(x)) (Shazeer, 2020). x, y: (..., C)."""
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GEGLU(_Gated):
+    """y = down_proj(gelu(gate_proj(x)) * up_proj(x)) with the tanh approximation, as in T5 1.1. x, y: (..., C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
