@@ -39,7 +39,7 @@ class LoadedModel:
     """The step-... folder it came from."""
     step: int
     micro_batch_size: int
-    """Of the run when the checkpoint was written."""
+    """Of the run when the checkpoint was written; the configured one where the checkpoint is not of a run."""
     heldout_loss: float | None
     """As measured when the checkpoint was written, nats per token."""
     chat_template: ChatTemplate | None = None
@@ -78,7 +78,7 @@ def load_model(
         config,
         folder,
         state.step,
-        state.meta["progress"]["micro_batch_size"],
+        state.meta.get("progress", {}).get("micro_batch_size", config.train.micro_batch_size),
         state.heldout_loss,
         None if template is None else ChatTemplate(template),
     )
