@@ -33,6 +33,21 @@ def refuses_tensor(tensor: torch.Tensor) -> str | None:
     return None
 
 
+def refuses_product(tensor: torch.Tensor) -> str | None:
+    """Say why no Triton kernel multiplies matrices of this tensor's dtype, None if one can."""
+    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and interpreting():
+        # Seen with Triton 3.6.0, 3.7.1 and 3.9.0.
+        return "Triton's interpreter multiplies the raw bits of bfloat16 in tl.dot: interpret in float32 and float16"
+    return refuses_tensor(tensor)
+
+
+def refuses_rows(x: torch.Tensor) -> str | None:
+    """Say why the norm kernels do not take these rows, None if they do."""
+    if x.shape[-1] > 65536:
+        return f"its rows hold at most 65536 elements, got {x.shape[-1]}"
+    return refuses_tensor(x)
+
+
 def launcher(module: str, name: str) -> Callable[..., Any]:
     """Return warploom_kernels.<module>.<name>, imported at its first call."""
     resolved: Callable[..., Any] | None = None

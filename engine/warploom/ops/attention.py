@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from warploom.ops import _extension
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 
@@ -360,6 +360,14 @@ def _empty_transposed(tensor):
     return tensor.new_empty((B, T, H, D)).transpose(1, 2)
 
 
+def _triton_refuses(q, softmax_scale):
+    if q.shape[-1] > 256:
+        return f"its heads are at most 256 wide, got {q.shape[-1]}"
+    if softmax_scale <= 0:  # the maximum is taken before the scaling
+        return f"its softmax_scale must be positive, got {softmax_scale}"
+    return _triton.refuses_product(q)
+
+
 def _case(
     B,
     H,
@@ -456,6 +464,15 @@ OP = Op(
             kernels={s: _extension.cpu_kernel(f"attention_{s}") for s in _SCHEMAS},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("attention_fwd", "attention_bwd"),
+        ),
+        "triton": Backend(
+            kernels={s: _triton.launcher("attention", f"launch_attention_{s}") for s in _SCHEMAS},
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={
+                "fwd": lambda q, *others: _triton_refuses(q, others[-1]),
+                "bwd": lambda do, q, *others: _triton_refuses(q, others[-2]),
+            },
         ),
     },
     cases=(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from warploom.ops import _extension
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 
@@ -145,6 +145,15 @@ OP = Op(
             kernels={s: _extension.cpu_kernel(f"layer_norm_{s}") for s in _SCHEMAS},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("layer_norm_fwd", "layer_norm_bwd"),
+        ),
+        "triton": Backend(
+            kernels={s: _triton.launcher("layer_norm", f"launch_layer_norm_{s}") for s in _SCHEMAS},
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={
+                "fwd": lambda x, *_: _triton.refuses_rows(x),
+                "bwd": lambda dy, ds, x, *_: _triton.refuses_rows(x),
+            },
         ),
     },
     cases=(

@@ -99,12 +99,6 @@ def _fake_bwd(dy, dstream, x, weight, rstd):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
-def _triton_refuses(x):
-    if x.shape[-1] > 65536:
-        return f"its rows hold at most 65536 elements, got {x.shape[-1]}"
-    return _triton.refuses_tensor(x)
-
-
 def _case(*shape, residual=False, scale=1.0):
     def make(generator):
         def draw(*size):
@@ -141,7 +135,10 @@ OP = Op(
             kernels={s: _triton.launcher("rms_norm", f"launch_rms_norm_{s}") for s in _SCHEMAS},
             devices=("cuda", "cpu"),
             missing=_triton.missing,
-            refuses={"fwd": lambda x, *_: _triton_refuses(x), "bwd": lambda dy, dstream, x, *_: _triton_refuses(x)},
+            refuses={
+                "fwd": lambda x, *_: _triton.refuses_rows(x),
+                "bwd": lambda dy, ds, x, *_: _triton.refuses_rows(x),
+            },
         ),
     },
     cases=(

@@ -1,0 +1,120 @@
+"""The numbers of every Triton kernel, without a GPU: the contract tests under Triton's interpreter.
+
+float32 and float16 only where a kernel multiplies matrices: the interpreter's tl.dot multiplies the raw bits of
+bfloat16 (seen with Triton 3.6.0, 3.7.1 and 3.9.0), and ops/_triton.py refuses it there.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from warploom.ops import REGISTRY
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+CONTRACT = Path(__file__).parents[1] / "ops" / "test_contract.py"
+OPS = sorted(name for name, op in REGISTRY.items() if "triton" in op.backends)
+SWEEP = "accuracy or layouts or alone or expanded or fake or deterministic or writes"
+# What runs each time, of the accuracy tests: cases that between them take every branch of the kernels.
+QUICK = {
+    "attention": "(float32 and (tiny or no_ or rows_that)) or (-float16 and (packed_cross_bias or decode))",
+    "layer_norm": "float16",
+    "rms_norm": "float16",
+}
+
+
+def run_contract(wanted):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(CONTRACT), "-q", "-p", "no:cacheprovider", "-k", wanted, "-W", "default"],
+        cwd=CONTRACT.parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    (passed,) = re.findall(r"(\d+) passed", done.stdout)
+    refused = set(re.findall(r"SKIPPED \[\d+\] [^:]+:\d+: (.*)", done.stdout))
+    return int(passed), refused
+
+
+def test_quick_cases():
+    """One process for all ops: collecting the tests is most of a quick run."""
+    wanted = " or ".join(f"({op}-triton and accuracy and ({QUICK[op]}))" for op in OPS)
+    passed, refused = run_contract(wanted)
+    assert passed >= 5 * len(OPS)
+    assert not refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("op", OPS)
+def test_whole_sweep(op):
+    passed, refused = run_contract(f"{op}-triton and ({SWEEP})")
+    assert passed >= 5 * len(REGISTRY[op].cases)
+    assert all("bfloat16" in reason for reason in refused), refused
+
+
+def test_a_wrong_kernel_is_caught():
+    """The sweep is worth what it finds: with the mean left out of a row's centring nothing passes."""
+    code = """
+import torch
+from warploom.ops import REGISTRY
+from warploom.ops._accuracy import Trial
+from warploom.ops._proof import Refuted, check_accuracy
+from warploom_kernels import _norm_rows
+right = _norm_rows.launch_norm_fwd
+def wrong(x, weight, bias, residual, eps, *, centred):
+    return right(x + 1e-3, weight, bias, residual, eps, centred=centred)
+import warploom_kernels.layer_norm as module
+op = REGISTRY["layer_norm"]
+trial = Trial(op, op.cases[0], torch.float32)
+check_accuracy(op, "triton", trial)
+module.launch_norm_fwd = wrong
+try:
+    check_accuracy(op, "triton", trial)
+except Refuted as refuted:
+    print("caught:", refuted)
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "caught: output 1" in done.stdout, done.stdout + done.stderr
+
+
+def test_bfloat16_products_are_refused_in_words():
+    code = """
+import torch
+from warploom.ops import attention, backend
+q = torch.randn(1, 1, 16, 16, dtype=torch.bfloat16)
+try:
+    with backend("triton"):
+        attention(q, q, q)
+except RuntimeError as error:
+    print(error)
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "raw bits of bfloat16" in done.stdout
+
+
+def test_without_gpu_or_interpreter_it_says_why():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert OPS
+    for name in OPS:
+        assert "no NVIDIA GPU" in REGISTRY[name].refusal("triton", "cuda")
+
+
+def test_importing_the_ops_does_not_import_triton():
+    code = "import sys, torch; before = set(sys.modules); import warploom.ops; print(*set(sys.modules) - before)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "warploom.ops.rms_norm" in done.stdout.split()
+    assert not [name for name in done.stdout.split() if name.partition(".")[0] in ("triton", "warploom_kernels")]
