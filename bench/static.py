@@ -33,11 +33,18 @@ from triton.compiler import ASTSource
 import warploom_kernels
 from bench.harness import print_table, write_records
 from warploom.errors import UserError, nearest
-from warploom_kernels import _launch, attention, layer_norm, rms_norm
+from warploom_kernels import _launch, adamw, attention, cross_entropy, layer_norm, linear, rms_norm, rotary
 from warploom_kernels._launch import Config, Launch
 
 # Those of which a card of sm_90 must run its own matrix instructions, in every 16-bit configuration.
-PRODUCT_KERNELS = {"attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"}
+PRODUCT_KERNELS = {
+    "attention_fwd_kernel",
+    "attention_bwd_dq_kernel",
+    "attention_bwd_dkdv_kernel",
+    "linear_product_kernel",
+}
+# Bytes of stack that are no spills: the array in which sine and cosine reduce a large angle.
+LOCAL_ARRAY = {"rotary_kernel": 40}
 REGISTERS_PER_SM, WARPS_PER_SM = 65536, 64  # of all three
 
 
@@ -161,9 +168,61 @@ def _attention_shapes() -> Iterator[Shape]:
     yield shape("float32", 256, dtype=torch.float32)
 
 
+def _linear_shapes() -> Iterator[Shape]:
+    def shape(N: int, C: int, F: int, activation: str, dtype=torch.bfloat16, common=False) -> Shape:
+        x, weight, bias, dy = (_empty(*s, dtype=dtype) for s in ((N, C), (F, C), (F,), (N, F)))
+        need_h = activation not in ("none", "relu")
+
+        def call() -> None:
+            linear.launch_linear_fwd(x, weight, bias, None, activation, need_h)
+            linear.launch_linear_bwd(dy, x, weight, None, dy, activation, True, True, True)
+
+        name = f"{activation} {N}x{C}x{F}" + (" float32" if dtype == torch.float32 else "")
+        return Shape(name, call, {"linear_product_kernel": 2.0 * N * C * F}, {}, common)
+
+    yield shape(8192, 768, 3072, "relu", common=True)
+    for activation in ("none", "relu2", "gelu_tanh", "silu"):
+        yield shape(8192, 768, 3072, activation)
+    yield shape(1000, 63, 65, "relu")
+    yield shape(8192, 768, 3072, "gelu_tanh", dtype=torch.float32)
+
+
+def _other_shapes() -> Iterator[Shape]:
+    for D, rotary_dim in ((64, 64), (80, 32)):
+        x, positions = _empty(8, 16, 2048, D), _empty(2048, dtype=torch.int64)
+        bytes_ = {"rotary_kernel": 4.0 * x.numel()}
+
+        def turn(x=x, positions=positions, rotary_dim=rotary_dim) -> None:
+            rotary.launch_rotary_fwd(x, positions, 10000.0, rotary_dim)
+
+        yield Shape(f"rotary D {D}", turn, {}, bytes_, common=D == 64)
+    for dtype in (torch.bfloat16, torch.float32):
+        logits, targets = _empty(8192, 50304, dtype=dtype), _empty(8192, dtype=torch.int64)
+
+        def rows(logits=logits, targets=targets) -> None:
+            cross_entropy.launch_cross_entropy_fwd(logits, targets, -100, True, True)
+            cross_entropy.launch_cross_entropy_fwd(logits, targets, -100, True, False)
+
+        bytes_ = {"cross_entropy_kernel": 2.0 * logits.numel() * dtype.itemsize}
+        yield Shape(f"rows {dtype}".replace("torch.", ""), rows, {}, bytes_, common=dtype == torch.bfloat16)
+    for amsgrad in (False, True):
+        tensors = [_empty(768, 3072, dtype=torch.float32)] * 4
+        steps = [_empty(dtype=torch.float32)] * 4
+
+        def step(tensors=tensors, steps=steps, amsgrad=amsgrad) -> None:
+            largest = tensors if amsgrad else []
+            lists: tuple[list[Tensor], ...] = (tensors, tensors, tensors, tensors, largest, steps, [])
+            adamw.launch_adamw_step(*lists, 1e-3, 0.9, 0.95, 0.1, 1e-8, False, 1.0, False)
+
+        bytes_ = {"adamw_kernel": 4 * 768 * 3072 * (36.0 if amsgrad else 28.0)}
+        yield Shape("adamw" + " amsgrad" * amsgrad, step, {}, bytes_, common=not amsgrad)
+
+
 def all_shapes() -> Iterator[Shape]:
     yield from _norm_shapes()
     yield from _attention_shapes()
+    yield from _linear_shapes()
+    yield from _other_shapes()
 
 
 # Compilation.
@@ -230,14 +289,15 @@ def compile_launch(shape: Shape, launch: Launch, config: Config, card: Card) -> 
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     target = GPUTarget("cuda", card.architecture, 32)
     kernel = triton.compile(_source(launch, config), target=target, options=options)
-    registers, spilled = _resources(kernel.asm["cubin"])
+    name = launch.kernel.__name__
+    registers, stack = _resources(kernel.asm["cubin"])
+    spilled = max(0, stack - LOCAL_ARRAY.get(name, 0))
     shared = kernel.metadata.shared
     blocks = min(
         WARPS_PER_SM // config.num_warps,
         REGISTERS_PER_SM // (registers * 32 * config.num_warps),
         card.shared_per_sm // (shared + 1024),
     )
-    name = launch.kernel.__name__
     rate = card.float32_flops if "float32" in shape.name else card.tensor_flops
     bounds = {
         "operations": shape.flops.get(name, 0.0) / rate,
@@ -259,7 +319,7 @@ def _matrix_instruction(ptx: str) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, which Triton's kernels use for spills alone."""
+    """Registers of a thread, and bytes of its stack."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

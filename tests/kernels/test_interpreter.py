@@ -24,8 +24,12 @@ SWEEP = "accuracy or layouts or alone or expanded or fake or deterministic or wr
 # What runs each time, of the accuracy tests: cases that between them take every branch of the kernels.
 QUICK = {
     "attention": "(float32 and (tiny or no_ or rows_that)) or (-float16 and (packed_cross_bias or decode))",
+    "adamw": "first_step or amsgrad or clipped",
+    "cross_entropy": "float32 and (tiny or all_ignored or 33x257 or in_place)",
     "layer_norm": "float16",
+    "linear": "float32 and (tiny or one_row or 7x63 or 33x128)",
     "rms_norm": "float16",
+    "rotary": "float32",
 }
 
 
@@ -45,7 +49,7 @@ def run_contract(wanted):
 
 def test_quick_cases():
     """One process for all ops: collecting the tests is most of a quick run."""
-    wanted = " or ".join(f"({op}-triton and accuracy and ({QUICK[op]}))" for op in OPS)
+    wanted = " or ".join(f"([{op}-triton and accuracy and ({QUICK[op]}))" for op in OPS)
     passed, refused = run_contract(wanted)
     assert passed >= 5 * len(OPS)
     assert not refused

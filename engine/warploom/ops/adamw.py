@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from warploom.ops import _extension
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 from warploom.ops.grad_norm import SMALL_SHAPES
 
@@ -192,6 +192,17 @@ def _reference_step(
             torch.ops.warploom_cpu.linear_pack(param, torch.bfloat16, panels)
 
 
+def _triton_refuses(
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, packed, *_settings
+) -> str | None:
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    if any(panels.numel() for panels in packed):
+        return "it does not write the panels of the CPU's products"
+    if any(step.device != params[0].device for step in state_steps):
+        return f"state_steps must be on {params[0].device} as params are"
+    return _triton.refuses_tensor(params[0])
+
+
 def _fake_step(*args):
     return None
 
@@ -251,6 +262,12 @@ OP = Op(
             kernels={"step": _extension.cpu_kernel("adamw_step")},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("adamw_step"),
+        ),
+        "triton": Backend(
+            kernels={"step": _triton.launcher("adamw", "launch_adamw_step")},
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={"step": _triton_refuses},
         ),
     },
     cases=(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from warploom.ops import _extension
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 # float32 logits held at a time: 4 MiB, but at least 16 rows, so that threads have something to share.
@@ -175,6 +175,12 @@ OP = Op(
             kernels={s: _extension.cpu_kernel(f"cross_entropy_{s}") for s in _SCHEMAS},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("cross_entropy_fwd", "cross_entropy_fwd_inplace"),
+        ),
+        "triton": Backend(
+            kernels={s: _triton.launcher("cross_entropy", f"launch_cross_entropy_{s}") for s in _SCHEMAS},
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={s: lambda logits, *_: _triton.refuses_tensor(logits) for s in _SCHEMAS},
         ),
     },
     cases=(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from warploom.errors import nearest
-from warploom.ops import _extension
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -207,6 +207,14 @@ def is_left_to_torch(x: Tensor, activation: str) -> str | None:
     return None
 
 
+def _left_to_cublas(x: Tensor, activation: str) -> str | None:
+    """Why the Triton kernels leave a call to torch's products, None if they do not: without tensor cores, or with
+    nothing to fuse but the bias, which cuBLAS adds too."""
+    if x.dtype == torch.float32:
+        return "cuBLAS is faster in float32"
+    return "there is no activation to fuse" if activation == "none" else None
+
+
 def _case(*shape, C, bias=True, activation="none"):
     """shape: x's leading dimensions, then F."""
 
@@ -263,6 +271,19 @@ OP = Op(
             slower={
                 "fwd": lambda x, weight, bias, panels, activation, need_h: is_left_to_torch(x, activation),
                 "bwd": lambda dy, x, weight, panels, saved, activation, *needs: is_left_to_torch(x, activation),
+            },
+        ),
+        "triton": Backend(
+            kernels={s: _triton.launcher("linear", f"launch_linear_{s}") for s in _SCHEMAS},
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={
+                "fwd": lambda x, *_: _triton.refuses_product(x),
+                "bwd": lambda dy, x, *_: _triton.refuses_product(x),
+            },
+            slower={
+                "fwd": lambda x, weight, bias, panels, activation, need_h: _left_to_cublas(x, activation),
+                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: _left_to_cublas(x, activation),
             },
         ),
     },

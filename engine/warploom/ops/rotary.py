@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from warploom.ops import _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 
@@ -140,6 +141,12 @@ OP = Op(
     fakes={"fwd": _fake, "bwd": _fake},
     backends={
         "reference": Backend(kernels={"fwd": _reference_fwd, "bwd": _reference_bwd}, devices=("cpu", "cuda")),
+        "triton": Backend(
+            kernels={s: _triton.launcher("rotary", f"launch_rotary_{s}") for s in ("fwd", "bwd")},
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={s: lambda x, *_: _triton.refuses_tensor(x) for s in ("fwd", "bwd")},
+        ),
     },
     cases=(
         Case("tiny", _case(2, 2, 3, 4), gradcheck=True),
