@@ -19,6 +19,7 @@ VERBS = {
     "eval": "held-out loss, perplexity and bits per byte of a checkpoint",
     "verify": "prove every op right on this machine, on each back end and instruction-set level",
     "ladder": "from a naive training loop to this engine, one optimisation at a time: speed, memory, equal losses",
+    "tune": "measure the GPU kernels' configurations for a model's shapes and keep the fastest for this card",
     "bench": "time the ops on this machine, after checking that they are right",
 }
 
