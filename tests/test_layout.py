@@ -113,7 +113,8 @@ def test_environment_variables_are_those_of_the_table():
         text = path.read_text(encoding="utf-8")
         used |= set(re.findall(r"(?:environ\.get\(|environ\[|getenv\()\s*[\"'](\w+)[\"']", text))
     build = {"CXX", "CXXFLAGS", "LDFLAGS"}  # every compiler's, setup.py alone
-    of_others = {"TRITON_INTERPRET", "XDG_CACHE_HOME", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # the last three: torchrun
+    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    of_others = {"TRITON_INTERPRET", "XDG_CACHE_HOME", *torchrun}
     assert used - build - of_others == documented
 
 

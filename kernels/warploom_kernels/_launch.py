@@ -124,10 +124,17 @@ def launch(kernel: Any, grid: Grid, arguments: Mapping[str, Any], configs: Seque
             **arguments, **config.constants, num_warps=config.num_warps, num_stages=config.num_stages
         )
 
-    if len(configs) == 1 or device.type != "cuda":
+    if device.type != "cuda":
         return run(configs[0])
     with torch.cuda.device(device):
-        run(_chosen(f"{kernel.__name__} {key}", configs, run, device))
+        if any(config.constants.get("TMA") for config in configs):
+            triton.set_allocator(_descriptor_memory)
+        run(configs[0] if len(configs) == 1 else _chosen(f"{kernel.__name__} {key}", configs, run, device))
+
+
+def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel puts the descriptors that it makes for the copy engine."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def power_of_2_key(*sizes: int) -> str:

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from warploom.ops import REGISTRY, Op, _extension
+from warploom.ops import REGISTRY, Op, _extension, _triton
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def machine_rows() -> Iterator[tuple[str, ...]]:
     yield "python", platform.python_version()
     yield "torch", f"{torch.__version__} (its own kernels use {torch.backends.cpu.get_cpu_capability()})"
     yield "triton", _version("triton")
+    yield "tuned", _tuned()
     yield "threads", f"{torch.get_num_threads()} (torch.set_num_threads and OMP_NUM_THREADS change it)"
     yield "devices", ", ".join(["cpu", *_gpus()]) + ("" if _gpus() else "; no NVIDIA GPU that torch can use")
 
@@ -100,6 +101,14 @@ def _gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
     return [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+
+
+def _tuned() -> str:
+    """Where the Triton kernels' tile sizes come from."""
+    if _triton.missing() is not None or not _gpus():
+        return "the table of defaults; warploom tune measures them where there is a GPU"
+    path = _triton.tuned_file()
+    return f"measured on this card, {path}" if path.exists() else "the table of defaults; warploom tune measures them"
 
 
 def _version(package: str) -> str:

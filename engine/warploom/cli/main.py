@@ -26,6 +26,7 @@ VERBS = {
     "plan": "what a run will take: FLOPs, memory, the layouts that fit, days, cost; and how right that was",
     "verify": "prove every op right on this machine, on each back end and instruction-set level",
     "ladder": "from a naive training loop to this engine, one optimisation at a time: speed, memory, equal losses",
+    "tune": "measure the GPU kernels' configurations for a model's shapes and keep the fastest for this card",
     "bench": "time the ops on this machine, after checking that they are right",
 }
 

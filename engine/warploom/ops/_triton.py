@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,16 @@ def missing() -> str | None:
     if not torch.cuda.is_available() and not interpreting():
         return "there is no NVIDIA GPU (TRITON_INTERPRET=1 runs the kernel on the CPU, slowly)"
     return None
+
+
+def tuning() -> AbstractContextManager[None]:
+    """Inside the block, kernels whose shapes are not on file for this card are measured and put there."""
+    return importlib.import_module("warploom_kernels._launch").tuning()
+
+
+def tuned_file() -> Path:
+    """Where the choices for the kernels of this card are kept. Needs a GPU."""
+    return importlib.import_module("warploom_kernels._launch").tuned_file()
 
 
 def interpreting() -> bool:

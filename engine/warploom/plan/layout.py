@@ -134,7 +134,7 @@ def _of_one_device(found: Estimate) -> Memory:
 
 
 def _estimate(workload: Workload, layout: Layout, layers: int, device: str) -> Estimate:
-    return _cached_estimate(
+    return _extrapolated(
         dataclasses.replace(workload.model, num_layers=layers),
         math.ceil(workload.seq_len / layout.context),
         layout.micro_batch_size,
@@ -146,8 +146,7 @@ def _estimate(workload: Workload, layout: Layout, layers: int, device: str) -> E
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _cached_estimate(
+def _extrapolated(
     model: TransformerConfig,
     seq_len: int,
     micro_batch_size: int,
@@ -157,28 +156,40 @@ def _cached_estimate(
     num_micro_batches: int,
     device: str,
 ) -> Estimate:
-    def of(layers: int) -> Estimate:
-        return estimate(
-            dataclasses.replace(model, num_layers=layers),
-            seq_len=seq_len,
-            micro_batch_size=micro_batch_size,
-            dtype=dtype,
-            optimizer=optimizer,
-            grad_checkpointing=recompute,
-            num_micro_batches=num_micro_batches,
-            device=device,
-        )
-
+    rest = (seq_len, micro_batch_size, dtype, optimizer, recompute, num_micro_batches, device)
     if model.num_layers <= 4 or model.architecture == "encoder-decoder":
-        return of(model.num_layers)
+        return _traced(model, *rest)
     # Blocks are alike, so from some depth on each adds the same.
-    less, more = of(3), of(4)
+    less, more = (_traced(dataclasses.replace(model, num_layers=layers), *rest) for layers in (3, 4))
     further = model.num_layers - 4
     values = {
         field.name: round(getattr(more, field.name) + further * (getattr(more, field.name) - getattr(less, field.name)))
         for field in dataclasses.fields(Estimate)
     }
     return Estimate(**values)
+
+
+@functools.lru_cache(maxsize=4096)
+def _traced(
+    model: TransformerConfig,
+    seq_len: int,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    optimizer: OptimizerConfig,
+    recompute: str,
+    num_micro_batches: int,
+    device: str,
+) -> Estimate:
+    return estimate(
+        model,
+        seq_len=seq_len,
+        micro_batch_size=micro_batch_size,
+        dtype=dtype,
+        optimizer=optimizer,
+        grad_checkpointing=recompute,
+        num_micro_batches=num_micro_batches,
+        device=device,
+    )
 
 
 def layouts(workload: Workload, hardware: Hardware) -> Iterator[Layout]:
