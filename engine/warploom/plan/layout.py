@@ -233,3 +233,8 @@ def meta_model(model: TransformerConfig) -> Transformer:
     """Return the model on the meta device, for counting."""
     with torch.device("meta"):
         return Transformer(model)
+
+
+@functools.lru_cache(maxsize=256)
+def num_parameters(model: TransformerConfig) -> int:
+    return meta_model(model).num_parameters()

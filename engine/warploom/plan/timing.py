@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from warploom.plan.hardware import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE, Hardware
-from warploom.plan.layout import Layout, Workload, meta_model
+from warploom.plan.layout import Layout, Workload, meta_model, num_parameters
 
 # Bytes an update reads and writes per parameter: weight, gradient and two moments in, weight and moments out, float32.
 _UPDATE_BYTES = 28
@@ -36,6 +37,7 @@ class Flops:
         return self.products + self.attention_full
 
 
+@functools.lru_cache(maxsize=256)
 def flops_per_token(workload: Workload) -> Flops:
     model, config = meta_model(workload.model), workload.model
     products = model.flops_per_token(0)
@@ -88,7 +90,7 @@ def step_time(workload: Workload, layout: Layout, hardware: Hardware) -> StepTim
     memory_bound = moved * (4 / 3 if layout.recompute != "none" else 1.0) / bandwidth
     compute = products + attention + memory_bound  # of one micro batch
 
-    parameters = meta_model(model).num_parameters() / share
+    parameters = num_parameters(model) / share
     owned = parameters / layout.shard
     update = owned * _UPDATE_BYTES / bandwidth
     if layout.offload:
