@@ -53,7 +53,7 @@ class Layout:
     context: int = 1
     micro_batch_size: int = 1
     recompute: str = "none"  # a value of train.grad_checkpointing
-    offload: bool = False  # optimizer state, and the update, in the host's memory
+    offload: bool = False  # optimizer state in the host's memory
 
     @property
     def devices(self) -> int:

@@ -16,7 +16,6 @@ _UPDATE_BYTES = 28
 # d_ff, forward and backward: each op reads and writes its rows once each way.
 _PASSES_D_MODEL, _PASSES_D_FF = 40, 8
 _HOST_LINK = 25e9  # bytes/s between a device and its host, for offloaded optimizer state
-_HOST_BANDWIDTH = 20e9  # bytes/s of host memory per device, for the update there
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def step_time(workload: Workload, layout: Layout, hardware: Hardware) -> StepTim
     owned = parameters / layout.shard
     update = owned * _UPDATE_BYTES / bandwidth
     if layout.offload:
-        update = owned * (8 / _HOST_LINK + _UPDATE_BYTES / _HOST_BANDWIDTH)
+        update += owned * 16 / _HOST_LINK  # both moments, there and back
 
     # A gather and a reduce-scatter in each direction, around attention and around the feed-forward, or around both.
     exchanges = 4 if model.parallel_block else 8

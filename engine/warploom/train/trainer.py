@@ -222,6 +222,8 @@ class Trainer:
             )
         if train.compile:
             raise UserError("train.compile works in one process; leave it out, or start one process")
+        if self.config.optimizer.offload:
+            raise UserError("optimizer.offload works in one process; leave it out: parallel.shard divides the moments")
         if train.grad_checkpointing == "budget":
             raise UserError(
                 "train.grad_checkpointing 'budget' measures one process; take 'none', 'blocks' or 'ops' for several"
