@@ -13,6 +13,7 @@ from tests.train.toy import Log, ToyData, counting, toy_config, toy_model
 
 from warploom.checkpoint import list_checkpoints, load_checkpoint
 from warploom.errors import UserError
+from warploom.train import guard
 from warploom.train.trainer import Trainer
 
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -102,6 +103,32 @@ def test_a_signal_during_an_evaluation_repeats_it_after_resuming(tmp_path):
     assert [record["step"] for record in trainer.progress.curve] == [6, 12]
     straight, _ = fit(toy_config(tmp_path / "straight", steps=12, eval_every=6))
     assert bytes_of(resumed.checkpoint) == bytes_of(straight.checkpoint)
+
+
+def test_a_step_that_does_not_end_after_a_signal_is_given_up_and_made_again_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "GRACE_S", 0.0)
+    config = toy_config(tmp_path / "stopped", steps=12, save_every=100)
+    model, calls = toy_model(config), []
+    true_loss = model.loss
+
+    def loss(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 13:  # the first of two micro batches of step 7
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_loss(*arguments, **named)
+
+    model.loss = loss
+    stopped = Trainer(model, ToyData(counting), config).fit()
+    assert (stopped.steps, stopped.stop_signal, len(calls)) == (6, signal.SIGTERM, 13)
+    resumed, _ = fit(config)
+    straight, _ = fit(toy_config(tmp_path / "straight", steps=12, save_every=100))
+    assert bytes_of(resumed.checkpoint) == bytes_of(straight.checkpoint)
+
+    # Control: with time to end, the step ends.
+    monkeypatch.setattr(guard, "GRACE_S", 60.0)
+    calls.clear()
+    config = toy_config(tmp_path / "control", steps=12, save_every=100)
+    assert Trainer(model, ToyData(counting), config).fit().steps == 7
 
 
 def test_a_second_signal_kills_at_once(runs):

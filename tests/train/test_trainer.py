@@ -207,13 +207,40 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_stops_the_schedule(tmp
 
 
 def test_three_in_a_row_stop_the_run_and_name_the_last_checkpoint(tmp_path):
-    config = toy_config(tmp_path, steps=12, save_every=2, keep_best=0)
+    config = toy_config(tmp_path, steps=12, save_every=2, keep_best=0, max_rewinds=0)
     log = Log()
     error, weights, _ = fit_poisoned(config, [6, 7, 8], log)
     assert isinstance(error, UserError)
     assert "not finite in 3 steps in a row, the last of them 8" in str(error) and "step-00000006" in str(error)
     assert len(weights) == 8 and is_equal(weights[5], weights[7]) and log.is_closed
     assert is_equal(load_checkpoint(tmp_path / "step-00000006").weights, weights[5])
+
+
+def test_three_in_a_row_go_back_to_the_checkpoint_before_and_leave_out_their_data(tmp_path):
+    config = toy_config(tmp_path, steps=12, save_every=4, keep_best=0)
+    log = Log()
+    result, weights, trainer = fit_poisoned(config, [6, 7, 8], log)
+    assert result.steps == 12 and trainer.progress.rewinds == 1
+    # Step 9 begins with the weights that step 5 began with, step 5's update undone, on the 9th batch.
+    assert is_equal(weights[8], weights[4]) and not is_equal(weights[5], weights[4])
+    assert any("taking the weights of step-00000004" in text for text in log.messages)
+    # Updates 1 to 4, then from the 9th batch on, and the schedule with them: 4 + 4 of 12.
+    assert result.skipped_steps == 4
+    rates = [3e-3 * lr_multiplier(trainer.config.schedule, u, 12) for u in (0, 1, 2, 3, 4, 5, 5, 5, 4, 5, 6, 7)]
+    assert [record.lr for record in log.steps] == rates
+    assert [(skip.step, skip.num_sequences, skip.position) for skip in log.skips] == [
+        (step, 8, {"position": 2 * (step - 1)}) for step in (6, 7, 8)
+    ]
+
+
+def test_rewinds_go_back_further_each_time_and_end(tmp_path):
+    config = toy_config(tmp_path, steps=40, save_every=2, keep_best=0, keep_last=3, max_rewinds=2)
+    log = Log()
+    error, _, _ = fit_poisoned(config, range(7, 40), log)
+    taken = [text.split("weights of ")[1][:13] for text in log.messages if "weights of" in text]
+    assert isinstance(error, UserError) and "after 2 returns" in str(error)
+    # Step 8 was saved among bad ones, with the weights of step 6; the second return passes it over.
+    assert taken == ["step-00000006", "step-00000006"]
 
 
 def test_a_run_that_never_was_finite_says_that_there_is_no_checkpoint(tmp_path):

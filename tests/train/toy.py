@@ -98,12 +98,16 @@ class Log:
 
     def __init__(self):
         self.steps, self.evaluations, self.messages, self.results, self.is_closed = [], [], [], [], False
+        self.skips = []
 
     def start(self, info):
         self.info = info
 
     def step(self, record):
         self.steps.append(record)
+
+    def skipped(self, record):
+        self.skips.append(record)
 
     def evaluation(self, record):
         self.evaluations.append(record)

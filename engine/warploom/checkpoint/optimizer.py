@@ -61,7 +61,7 @@ def restore_optimizer(
 
     The options of each group (lr, betas, weight decay...) come back too, except those of the machine such as fused: a
     trainer that changes one does so afterwards. tensors may hold other optimizers' state under other prefixes. State
-    is copied to its parameter's device.
+    is copied to its parameter's device, or to the optimizer's state_device if it has one.
     Raises UserError naming the parameters that are missing, too many, of another shape or in another group.
     """
     name_of = {parameter: name for name, parameter in names}
@@ -80,7 +80,8 @@ def restore_optimizer(
             entry = scalars["parameters"][name]
             state = dict(entry["scalars"])
             for key in entry["tensors"]:
-                device = torch.device("cpu") if key == "step" and not counts_on_device else parameter.device
+                on_cpu = key == "step" and not counts_on_device
+                device = torch.device("cpu") if on_cpu else getattr(optimizer, "state_device", parameter.device)
                 state[key] = tensors[f"{prefix}{name}/{key}"].to(device, copy=True)
             optimizer.state[parameter] = state
 

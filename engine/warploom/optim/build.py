@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from warploom.errors import UserError
 from warploom.ops.linear import PackedWeight
+from warploom.optim import offload
 from warploom.optim.adamw import AdamW
 from warploom.optim.muon import MatrixExchange, Muon
 
@@ -31,6 +32,8 @@ class OptimizerConfig:
     """Peak learning rate of Muon; its updates have AdamW's usual size whatever the matrix's shape."""
     momentum: float = 0.95
     """Momentum of Muon, per step."""
+    offload: bool = False
+    """Keep the moments in the host's memory; those of one parameter at a time visit the GPU in each update."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps"):
@@ -63,14 +66,16 @@ def build_optimizers(
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in is_hidden]
     no_decay = {"params": rest, "weight_decay": 0.0}
 
+    adamw_kind, muon_kind = (offload.AdamW, offload.Muon) if config.offload else (AdamW, Muon)
+
     def adamw(groups: list[dict]) -> AdamW:
-        optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        optimizer = adamw_kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         optimizer.pack_into(packed or {})
         return optimizer
 
     optimizers: list[AdamW | Muon]
     if config.name == "muon" and hidden:  # none is left where all of them are frozen
-        muon = Muon(
+        muon = muon_kind(
             hidden,
             lr=config.muon_lr,
             momentum=config.momentum,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from warploom.plan.hardware import Hardware
-from warploom.plan.layout import RESERVED, Layout, Memory, Workload, layouts, memory, meta_model
+from warploom.plan.layout import RESERVED, Layout, Memory, Workload, layouts, memory, num_parameters
 from warploom.plan.timing import StepTime, flops_per_token, step_time
 
 # Training tokens per parameter at which a given compute reaches the lowest loss (Hoffmann et al., 2022, table 3: 20).
@@ -68,7 +68,7 @@ def fastest(
     # Time is cheap to reckon and memory is not: so from the fastest on, until enough fit.
     room = (1 - RESERVED) * hardware.device.memory_bytes
     # Weights, gradients and moments are there together in each update.
-    least_bytes = (16 if workload.optimizer.name == "adamw" else 12) * meta_model(workload.model).num_parameters()
+    least_bytes = (16 if workload.optimizer.name == "adamw" else 12) * num_parameters(workload.model)
     timed = [(step_time(workload, layout, hardware).total, index) for index, layout in enumerate(options)]
     heapq.heapify(timed)
     while timed and len(found) < most:

@@ -53,7 +53,7 @@ class Layout:
     context: int = 1
     micro_batch_size: int = 1
     recompute: str = "none"  # a value of train.grad_checkpointing
-    offload: bool = False  # optimizer state, and the update, in the host's memory
+    offload: bool = False  # optimizer state in the host's memory
 
     @property
     def devices(self) -> int:
@@ -233,3 +233,8 @@ def meta_model(model: TransformerConfig) -> Transformer:
     """Return the model on the meta device, for counting."""
     with torch.device("meta"):
         return Transformer(model)
+
+
+@functools.lru_cache(maxsize=256)
+def num_parameters(model: TransformerConfig) -> int:
+    return meta_model(model).num_parameters()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from warploom.plan.hardware import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE, Hardware
-from warploom.plan.layout import Layout, Workload, meta_model
+from warploom.plan.layout import Layout, Workload, meta_model, num_parameters
 
 # Bytes an update reads and writes per parameter: weight, gradient and two moments in, weight and moments out, float32.
 _UPDATE_BYTES = 28
@@ -15,7 +16,6 @@ _UPDATE_BYTES = 28
 # d_ff, forward and backward: each op reads and writes its rows once each way.
 _PASSES_D_MODEL, _PASSES_D_FF = 40, 8
 _HOST_LINK = 25e9  # bytes/s between a device and its host, for offloaded optimizer state
-_HOST_BANDWIDTH = 20e9  # bytes/s of host memory per device, for the update there
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Flops:
         return self.products + self.attention_full
 
 
+@functools.lru_cache(maxsize=256)
 def flops_per_token(workload: Workload) -> Flops:
     model, config = meta_model(workload.model), workload.model
     products = model.flops_per_token(0)
@@ -88,11 +89,11 @@ def step_time(workload: Workload, layout: Layout, hardware: Hardware) -> StepTim
     memory_bound = moved * (4 / 3 if layout.recompute != "none" else 1.0) / bandwidth
     compute = products + attention + memory_bound  # of one micro batch
 
-    parameters = meta_model(model).num_parameters() / share
+    parameters = num_parameters(model) / share
     owned = parameters / layout.shard
     update = owned * _UPDATE_BYTES / bandwidth
     if layout.offload:
-        update = owned * (8 / _HOST_LINK + _UPDATE_BYTES / _HOST_BANDWIDTH)
+        update += owned * 16 / _HOST_LINK  # both moments, there and back
 
     # A gather and a reduce-scatter in each direction, around attention and around the feed-forward, or around both.
     exchanges = 4 if model.parallel_block else 8

@@ -63,7 +63,10 @@ class TrainConfig:
     resume: str = "auto"
     """auto goes on from the newest good checkpoint in out_dir if there is one, never begins anew, or a checkpoint."""
     max_nonfinite_steps: int = 3
-    """Stop when so many steps in a row had a loss or gradient that was not finite."""
+    """After so many steps in a row with a loss or gradient that was not finite, go back to the checkpoint before them
+    and leave out their data."""
+    max_rewinds: int = 3
+    """Go back so many times in a run, one checkpoint further each time, then stop; 0 stops at once."""
     log_every: int = 1
     """Steps between records of the metrics."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,7 +90,7 @@ class TrainConfig:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give 1 or more")
         for name in (
             *("seed", "micro_batch_size", "grad_clip", "eval_tokens", "patience", "keep_best", "threads"),
-            "memory_gb",
+            *("memory_gb", "max_rewinds"),
         ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give 0 or more")

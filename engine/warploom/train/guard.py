@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Time that a step has to end after a signal. Schedulers kill 10 to 30 s after SIGTERM, and a checkpoint follows.
+GRACE_S = 3.0
+
+
+class StepAbandoned(Exception):
+    """A step was given up between two micro batches, before it changed anything."""
 
 
 class StopSignals:
@@ -20,7 +27,13 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
         self._before: Mapping[signal.Signals, Any] = {}
+
+    @property
+    def overdue(self) -> bool:
+        """Whether a signal came longer ago than a step may still take."""
+        return self.received is not None and time.monotonic() - self._received_at >= GRACE_S
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -34,6 +47,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        self.received, self._received_at = signal.Signals(number), time.monotonic()
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -63,6 +63,17 @@ class StepRecord:
     skipped: bool  # the loss or a gradient was not finite, so the weights did not move
     epoch: float  # passes over the training split so far
     tensors_peak_bytes: int = 0  # the most that tensors took at one time so far; 0 where nothing counts it
+
+
+@dataclass(frozen=True)
+class SkipRecord:
+    """One step whose loss or gradient was not finite, so that it can be looked at: which sequences it was made of."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    num_sequences: int
+    position: Mapping[str, Any]  # the loader's state before the first of them
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,14 @@ class Monitor:
         self._record("step", record, ("loss", "lr", "grad_norm", "tokens_per_s", "mfu_measured", "memory_bytes"))
         self._show(_REDRAW_EVERY_S if self._live else self._line_every_s)
 
+    def skipped(self, record: SkipRecord) -> None:
+        self._record("skip", record, ())
+        where = ", ".join(f"{name} {value}" for name, value in record.position.items() if name in ("epoch", "index"))
+        self.message(
+            f"Step {record.step:,} was not finite (loss {record.loss}, gradient norm {record.grad_norm}) and changed "
+            f"nothing: {record.num_sequences} sequences from {where or dict(record.position)} on."
+        )
+
     def evaluation(self, record: EvalRecord) -> None:
         self._eval = record
         self._record("eval", record, ("heldout_loss", "bits_per_byte"))
@@ -171,7 +190,7 @@ class Monitor:
             self._events.close()
         self._live = self._metrics = self._events = None
 
-    def _record(self, kind: str, record: StepRecord | EvalRecord, scalars: tuple[str, ...]) -> None:
+    def _record(self, kind: str, record: StepRecord | SkipRecord | EvalRecord, scalars: tuple[str, ...]) -> None:
         assert self._metrics is not None and self._events is not None, "start() comes first"
         values = {"kind": kind, **dataclasses.asdict(record)}
         json.dump({key: _json_value(value) for key, value in values.items()}, self._metrics, allow_nan=False)

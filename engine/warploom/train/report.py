@@ -47,7 +47,9 @@ def read_metrics(path: Path) -> Metrics:
     with path.open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
-            records[record.pop("kind")][record["step"]] = record
+            kind = record.pop("kind")
+            if kind in records:  # those of skipped steps hold no curve
+                records[kind][record["step"]] = record
     return Metrics(_curves(records["step"]), _curves(records["eval"]))
 
 

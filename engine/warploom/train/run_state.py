@@ -50,6 +50,7 @@ class Progress:
     tokens: int = 0
     skipped_steps: int = 0
     nonfinite_in_a_row: int = 0
+    rewinds: int = 0  # returns to an earlier checkpoint after too many of those
     train_loss_sum: float = 0.0  # since the last evaluation
     train_loss_steps: int = 0
     evaluated_step: int = 0  # of the last evaluation
@@ -179,6 +180,43 @@ def restore(
     for warning in filter(None, warnings):
         on_message(warning)
     return progress
+
+
+def rewind(
+    progress: Progress,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    config: RunConfig,
+    planned_steps: int,
+    on_message: Callable[[str], None],
+    parallel: ParallelModel | None = None,
+) -> None:
+    """Take weights, optimizers and random states from a checkpoint before the last steps, which were not finite; the
+    data goes on after them. Each rewind of a run goes back one checkpoint more.
+
+    Raises UserError if there is none, or after train.max_rewinds.
+    """
+    train, bad = config.train, progress.nonfinite_in_a_row
+    existing = list_checkpoints(train.out_dir)
+    before = [path for path in existing if (step_of(path.name) or 0) <= progress.step - bad]
+    if not before or progress.rewinds >= train.max_rewinds:
+        raise UserError(
+            f"the loss or a gradient was not finite in {bad} steps in a row, the last of them {progress.step}, after "
+            f"{progress.rewinds} returns to an earlier checkpoint; lower optimizer.lr (now {config.optimizer.lr:g}) or "
+            f"look at the data, and go on from {existing[0] if existing else 'the start: there is no checkpoint yet'}"
+        )
+    path = before[min(progress.rewinds, len(before) - 1)]
+    on_message(
+        f"{bad} steps in a row were not finite, the last of them {progress.step}: taking the weights of {path.name}, "
+        "and leaving out the batches since."
+    )
+    state = load_checkpoint(path)
+    then = restore(path, state, model, optimizers, config, planned_steps, lambda text: None, parallel)
+    # The updates since then are undone, so the schedule goes back over them; steps count batches, and go on.
+    progress.skipped_steps = progress.step - (then.step - then.skipped_steps)
+    progress.nonfinite_in_a_row = 0
+    progress.rewinds += 1
+    progress.train_loss_sum, progress.train_loss_steps = 0.0, 0
 
 
 def _name(optimizer: Optimizer) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from warploom.checkpoint import rng
 from warploom.checkpoint.format import folder_name, list_checkpoints, step_of
 from warploom.checkpoint.lock import RunLock
 from warploom.checkpoint.retention import apply_retention
@@ -38,9 +39,17 @@ from warploom.train.budget import corrected_steps, is_correction_due
 from warploom.train.config import RunConfig
 from warploom.train.device import choose_device, choose_dtype
 from warploom.train.diagnosis import diagnose
-from warploom.train.guard import StopSignals
+from warploom.train.guard import StepAbandoned, StopSignals
 from warploom.train.heldout import heldout_loss
-from warploom.train.monitor import EvalRecord, Monitor, RunInfo, StepRecord, memory_bytes, tensors_peak_bytes
+from warploom.train.monitor import (
+    EvalRecord,
+    Monitor,
+    RunInfo,
+    SkipRecord,
+    StepRecord,
+    memory_bytes,
+    tensors_peak_bytes,
+)
 from warploom.train.recompute import set_kept
 from warploom.train.run_state import Progress
 from warploom.train.step import ONE_PROCESS, Processes, StepOutcome, training_step
@@ -121,11 +130,12 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train to the end, or until early stopping or a signal ends the run; a checkpoint is the last thing written.
 
-        Raises UserError if the run folder is in use or holds another run, if too many steps in a row were not finite,
+        Raises UserError if the run folder is in use or holds another run, if steps stay not finite after max_rewinds,
         if a GPU's memory is too small, and if the last checkpoint cannot be written. A checkpoint in between that
         cannot be (a full disk) is reported, the run goes on, and the next one is tried at its time.
         """
         with self._run_lock(), StopSignals() as signals:
+            self._signals = signals
             self._set_up()
             try:
                 self._start_monitor()
@@ -212,6 +222,8 @@ class Trainer:
             )
         if train.compile:
             raise UserError("train.compile works in one process; leave it out, or start one process")
+        if self.config.optimizer.offload:
+            raise UserError("optimizer.offload works in one process; leave it out: parallel.shard divides the moments")
         if train.grad_checkpointing == "budget":
             raise UserError(
                 "train.grad_checkpointing 'budget' measures one process; take 'none', 'blocks' or 'ops' for several"
@@ -295,16 +307,23 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
+        position, random_states = self._stream.state_dict(), rng.capture()
         started = time.perf_counter()
         micro_batches = [next(self._stream) for _ in range(train.global_batch_size // self._rows_per_read)]
-        outcome = training_step(
-            self._loss_sum,
-            micro_batches,
-            self._parameters,
-            self._optimizers,
-            grad_clip=train.grad_clip,
-            processes=self._processes,
-        )
+        try:
+            outcome = training_step(
+                self._loss_sum if self._parallel is not None else self._loss_sum_until_signal,
+                micro_batches,
+                self._parameters,
+                self._optimizers,
+                grad_clip=train.grad_clip,
+                processes=self._processes,
+            )
+        except StepAbandoned:
+            # As if it had not begun: what is saved now goes on with this very step.
+            self._stream.load_state_dict(position)
+            rng.restore(*random_states)
+            return
         step_s = time.perf_counter() - started
 
         num_tokens = sum(batch.tokens.numel() for batch in micro_batches)
@@ -322,12 +341,20 @@ class Trainer:
         self._interval_tokens += num_tokens
         if self._monitor is not None and (progress.step % train.log_every == 0 or outcome.skipped):
             self._record_step(self._monitor, outcome)
-        if progress.nonfinite_in_a_row >= train.max_nonfinite_steps:
-            raise UserError(
-                f"the loss or a gradient was not finite in {progress.nonfinite_in_a_row} steps in a row, the last of "
-                f"them {progress.step}; lower optimizer.lr (now {self.config.optimizer.lr:g}) or look at the data, and "
-                f"go on from {self._checkpoint or 'the start: there is no checkpoint yet'}"
+        if outcome.skipped and self._monitor is not None:
+            self._monitor.skipped(
+                SkipRecord(progress.step, outcome.loss, outcome.grad_norm, train.global_batch_size, position)
             )
+        if progress.nonfinite_in_a_row >= train.max_nonfinite_steps:
+            run_state.rewind(
+                progress, self.model, self._optimizers, self.config, self._planned_steps, self._message, self._parallel
+            )
+
+    def _loss_sum_until_signal(self, **inputs: Tensor) -> Tensor:
+        """The loss, unless a signal has been waiting for the end of the step for too long."""
+        if self._signals.overdue:
+            raise StepAbandoned
+        return self._loss_sum(**inputs)
 
     def _record_step(self, monitor: Monitor, outcome: StepOutcome) -> None:
         progress, train = self.progress, self.config.train
