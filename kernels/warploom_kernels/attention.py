@@ -451,6 +451,7 @@ def _configs(which: str, arch: int, q: Tensor, common: dict[str, object], tma: b
     # matrix instructions, too.
     family = 100 if 100 <= arch < 120 else 90 if arch == 90 else 80
     many = any(common[name] is not None for name in ("bias", "window", "cu_seqlens"))
+    tma = tma and not (many and which == "dkdv")  # making descriptors for every head takes the registers that are left
     return _blocks(_TABLE[which, family, 64 if D <= 64 else 128 if D <= 128 else 256, many], tma=tma)
 
 
@@ -470,7 +471,7 @@ _TABLE = {
     ("fwd", 90, 256, False): [(64, 64, 8, 2)],
     ("fwd", 90, 256, True): [(64, 32, 8, 2)],
     ("fwd", 100, 64, False): [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
-    ("fwd", 100, 64, True): [(128, 64, 8, 3), (64, 64, 4, 3)],
+    ("fwd", 100, 64, True): [(128, 64, 8, 3)],
     ("fwd", 100, 128, False): [(128, 128, 8, 2), (128, 64, 8, 3)],
     ("fwd", 100, 128, True): [(128, 64, 8, 3)],
     ("fwd", 100, 256, False): [(64, 64, 8, 2)],
@@ -488,7 +489,7 @@ _TABLE = {
     ("dq", 90, 256, False): [(64, 32, 8, 2)],
     ("dq", 90, 256, True): [(64, 32, 8, 2)],
     ("dq", 100, 64, False): [(128, 64, 8, 2), (64, 64, 4, 3)],
-    ("dq", 100, 64, True): [(128, 64, 8, 2), (64, 64, 4, 2)],
+    ("dq", 100, 64, True): [(128, 64, 8, 2)],
     ("dq", 100, 128, False): [(128, 64, 8, 2)],
     ("dq", 100, 128, True): [(128, 64, 8, 2)],
     ("dq", 100, 256, False): [(64, 32, 8, 2)],
@@ -502,11 +503,11 @@ _TABLE = {
     ("dkdv", 90, 64, False): [(64, 128, 8, 2), (64, 64, 4, 3), (32, 128, 8, 2)],
     ("dkdv", 90, 64, True): [(32, 128, 8, 2)],
     ("dkdv", 90, 128, False): [(32, 128, 8, 2)],
-    ("dkdv", 90, 128, True): [(16, 64, 8, 2), (16, 64, 8, 1)],
+    ("dkdv", 90, 128, True): [(16, 64, 8, 2)],
     ("dkdv", 90, 256, False): [(16, 64, 8, 2)],
     ("dkdv", 90, 256, True): [(16, 32, 8, 1)],
     ("dkdv", 100, 64, False): [(64, 128, 8, 2), (64, 64, 8, 2)],
-    ("dkdv", 100, 64, True): [(16, 64, 8, 1)],
+    ("dkdv", 100, 64, True): [(16, 32, 8, 1)],
     ("dkdv", 100, 128, False): [(32, 64, 8, 2)],
     ("dkdv", 100, 128, True): [(16, 64, 8, 1)],
     ("dkdv", 100, 256, False): [(32, 32, 8, 1)],
@@ -660,8 +661,8 @@ def _bias_gradient(
     arguments = {name: value for name, value in arguments.items() if name != "DOCUMENTS"}
     arguments["num_heads"] = arguments["H"] if heads == 1 else 1
     arguments["num_entries"] = B if cu_seqlens is None else arguments["num_documents"]
-    wide = arguments["BLOCK_D"] > 128 or bias.dtype == torch.float32  # type: ignore[operator]
-    block = 32 if wide or arch == INTERPRETER else 64
+    width = int(arguments["BLOCK_D"])  # type: ignore[call-overload]
+    block, warps = (64, 8) if width <= 64 and arch >= 90 else (32, 8) if width <= 128 else (16, 4)
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
     if bias.dim() == 3:
         n, m = bias.shape[1:]
@@ -670,7 +671,7 @@ def _bias_gradient(
                 attention_bwd_dbias_kernel,
                 lambda _: (triton.cdiv(n, block), triton.cdiv(m, block), heads),
                 {**arguments, "dbias": dbias, "n": n, "m": m},
-                [Config({"BLOCK_T": block, "BLOCK_S": block}, num_warps=4)],
+                [Config({"BLOCK_T": block, "BLOCK_S": block}, num_warps=warps)],
             )
         return dbias
     num_tiles = triton.cdiv(T, block)
@@ -682,7 +683,7 @@ def _bias_gradient(
         attention_bwd_ddistance_kernel,
         lambda _: (diagonals, heads),
         {**arguments, "sums": sums, "first_diagonal": 1 - num_tiles, "num_tiles": num_tiles},
-        [Config({"BLOCK": block}, num_warps=4)],
+        [Config({"BLOCK": block}, num_warps=warps)],
     )
     # Distances from -num_tiles * block on: those above a diagonal of tiles are those below the next.
     by_distance = sums.new_zeros(heads, diagonals + 1, block)

@@ -134,7 +134,8 @@ def _configs(arch: int, a: Tensor, b: Tensor, activation: str, *, derived: bool)
     elif not 90 <= arch < 120:
         shapes = [(128, 64, 32, 8, 3), (64, 64, 32, 4, 3)] if derived else [(128, 128, 32, 8, 3), (128, 64, 32, 4, 3)]
     elif derived:
-        shapes = [(128, 128, 64, 8, 3)] if arch >= 100 else [(128, 128, 64, 8, 3), (128, 64, 64, 8, 3)]
+        narrow = arch < 100 and activation in ("gelu_tanh", "silu")
+        shapes = [(128, 64, 64, 8, 3)] if narrow else [(128, 128, 64, 8, 3)]
     elif activation in ("none", "relu"):
         shapes = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
     else:

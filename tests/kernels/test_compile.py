@@ -15,6 +15,8 @@ from bench.static import CARDS, Compiled, Shape, all_shapes, compile_all
 
 from warploom_kernels._launch import Config, launch
 
+# 32 keys a tile, all that a head of 256 with a bias and more leaves registers for; wgmma begins at 64 rows.
+NARROW = {("attention_bwd_dkdv_kernel", "distances D 256"), ("attention_bwd_dkdv_kernel", "everything D 256")}
 SHAPES = list(all_shapes())
 
 
@@ -30,6 +32,7 @@ def assert_sound(compiled: list[Compiled]) -> None:
         and "float32" not in each.shape
         and each.kernel in static.PRODUCT_KERNELS
         and each.matrix_instruction != "wgmma"
+        and (each.kernel, each.shape) not in NARROW
     ]
     assert not slow, "\n".join(slow)
 

@@ -363,9 +363,18 @@ def _empty_transposed(tensor):
 def _triton_refuses(q, softmax_scale):
     if q.shape[-1] > 256:
         return f"its heads are at most 256 wide, got {q.shape[-1]}"
+    if q.dtype == torch.float32 and q.device.type == "cuda" and q.shape[-1] > 128:  # its registers do not hold them
+        return f"its heads are at most 128 wide in float32, got {q.shape[-1]}"
     if softmax_scale <= 0:  # the maximum is taken before the scaling
         return f"its softmax_scale must be positive, got {softmax_scale}"
     return _triton.refuses_product(q)
+
+
+def _triton_refuses_bwd(do, q, k, v, o, lse, bias, *others):
+    by_distance = bias is not None and bias.dim() == 2 and others[-1]
+    if by_distance and q.device.type == "cuda" and q.shape[-1] > 128:  # it spilled in every configuration
+        return f"its gradient of a bias by distance takes heads of at most 128, got {q.shape[-1]}"
+    return _triton_refuses(q, others[-2])
 
 
 def _case(
@@ -471,7 +480,7 @@ OP = Op(
             missing=_triton.missing,
             refuses={
                 "fwd": lambda q, *others: _triton_refuses(q, others[-1]),
-                "bwd": lambda do, q, *others: _triton_refuses(q, others[-2]),
+                "bwd": _triton_refuses_bwd,
             },
         ),
     },
