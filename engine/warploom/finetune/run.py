@@ -98,6 +98,8 @@ def finetune(
     tokenizer = _require_tokenizer(loaded)
     model = loaded.model
     train = TrainConfig(out_dir=Path("finetune")) if train is None else train
+    if train.dtype == "auto":
+        train = dataclasses.replace(train, dtype=loaded.config.train.dtype)  # what the base's training found fast
     _refuse_own_run(loaded.path, train.out_dir)
     torch.manual_seed(train.seed)
     if tune.new_layers:
