@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
     path for root in ("engine/warploom", "kernels/warploom_kernels") for path in (ROOT / root).rglob("*.py")
 )
-MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "tarfile"}
+MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NAMES = {"eval", "exec", "__import__"}
 ATTRIBUTES = {
     ("torch", "load"),
@@ -23,12 +23,21 @@ ATTRIBUTES = {
     ("shutil", "unpack_archive"),
 }
 KEYWORDS = {"allow_pickle", "shell"}
+UNPACKING = {"extract", "extractall"}  # of tarfile: members are read as streams and never put where they say
 
 
 def dangers(source):
     """List what a source uses that could run code from data."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    reads_archives = any(
+        isinstance(node, ast.Import | ast.ImportFrom)
+        and "tarfile" in {getattr(node, "module", None), *(alias.name for alias in node.names)}
+        for node in ast.walk(tree)
+    )
+    for node in ast.walk(tree):
+        if reads_archives and isinstance(node, ast.Attribute) and node.attr in UNPACKING:
+            found.append(f".{node.attr}")
         if isinstance(node, ast.Import | ast.ImportFrom):
             origin = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
             names = [alias.name for alias in node.names]
@@ -72,7 +81,8 @@ def test_the_package_was_found():
         "subprocess.run(command, shell=True)",
         "yaml.load(text)",
         "__import__('pickle')",
-        "import tarfile",
+        "import tarfile\ntarfile.open(path).extractall(folder, filter='data')",
+        "from tarfile import TarFile\nTarFile(path).extract(member)",
     ],
 )
 def test_planted(source):
@@ -81,3 +91,4 @@ def test_planted(source):
 
 def test_what_only_looks_alike():
     assert dangers("model.eval()\nnp.load(path, allow_pickle=False)\njson.load(f)\nload_checkpoint(p)\nimport re") == []
+    assert dangers("import tarfile\ntarfile.open(fileobj=stream, mode='r|').extractfile(member)") == []
