@@ -1,5 +1,5 @@
 # demo: train a small model on real text, sample from it, write a report.   test: all tests but the slow ones.
-# test-all: these too.
+# test-all: these too.   pipeline: from raw text to a fine-tuned model that answers over HTTP.
 # lint: formatters, types, layers.   asan: op tests under AddressSanitizer and UBSan.
 PYTHON ?= python3
 VENV   := .venv

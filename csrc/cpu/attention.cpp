@@ -1,3 +1,4 @@
+// Forward and backward together, and long for it: they share the diagonals, the scaling, the biases and the tiles.
 #include "cpu/attention.h"
 
 #include "common/parallel.h"

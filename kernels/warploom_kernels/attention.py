@@ -2,7 +2,8 @@
 
 Deterministic without atomics: dq is made by who owns queries, dk and dv by who owns keys, and the gradient of a bias by
 who owns a piece of the bias; each makes the probabilities again from the log-sum-exp. Launchers take the arguments of
-the operators warploom::attention_fwd and _bwd and return what those return.
+the operators warploom::attention_fwd and _bwd and return what those return. The file is long because each kernel takes
+and prepares the same many arguments one by one.
 """
 
 from __future__ import annotations

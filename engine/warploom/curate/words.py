@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,9 +69,9 @@ def split_words(text: str, splitter: Splitter) -> Words:
     return Words(starts, ends, _word_hashes(codes, starts, ends), codes)
 
 
-def lookup(codes: np.ndarray, table: object) -> np.ndarray:
+def lookup(codes: np.ndarray, table: Callable[[], np.ndarray]) -> np.ndarray:
     """(num_chars,) bool: a property of each code point, from one of this module's tables."""
-    values: np.ndarray = table()  # type: ignore[operator]
+    values = table()
     return values[codes] if codes.dtype == np.uint8 else values.take(codes, mode="clip")
 
 
@@ -90,8 +91,8 @@ def is_alphabetic() -> np.ndarray:
     return _table(str.isalpha)
 
 
-def _table(holds: object) -> np.ndarray:
-    return np.array([holds(chr(code)) for code in range(_TABLE)])  # type: ignore[operator]
+def _table(holds: Callable[[str], bool]) -> np.ndarray:
+    return np.array([holds(chr(code)) for code in range(_TABLE)])
 
 
 @functools.cache

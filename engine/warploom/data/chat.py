@@ -175,7 +175,8 @@ def _checked(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[di
 def _joined(parts: Sequence[Any]) -> str | None:
     """The text of a content in parts, as OpenAI's clients send it; None if a part is no text."""
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
+    found = [text for text in texts if isinstance(text, str)]
+    return "".join(found) if len(found) == len(texts) else None
 
 
 def _encode_rendered(tokenizer: Tokenizer, text: str, marker: str) -> list[int]:

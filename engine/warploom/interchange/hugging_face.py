@@ -66,11 +66,11 @@ def import_model(folder: str | os.PathLike[str]) -> ImportedModel:
     settings = _read_settings(folder)
     family = FAMILIES[settings.values["model_type"]]
     files = _weight_files(folder)
-    names = {name: file for file in files for name in tensor_names(file)}
+    stored = {name: file for file in files for name in tensor_names(file)}
     # What is not under the prefix of the model with its output layer is of one without.
-    is_bare = not any(name.startswith(family.prefix) for name in names)
-    names = {(family.prefix if is_bare else "") + name: (file, name) for name, file in names.items()}  # type: ignore[misc]
-    with TensorReader(names) as read:  # type: ignore[arg-type]
+    is_bare = not any(name.startswith(family.prefix) for name in stored)
+    names = {(family.prefix if is_bare else "") + name: (file, name) for name, file in stored.items()}
+    with TensorReader(names) as read:
         used = {name for name in names if not family.ignored.fullmatch(name)}
         is_tied = _is_tied(family, settings, used, read)
         config = TransformerConfig(**family.read_config(settings), tie_embeddings=is_tied)
