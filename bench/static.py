@@ -173,11 +173,10 @@ def _attention_shapes() -> Iterator[Shape]:
 def _linear_shapes() -> Iterator[Shape]:
     def shape(N: int, C: int, F: int, activation: str, dtype=torch.bfloat16, common=False) -> Shape:
         x, weight, bias, dy = (_empty(*s, dtype=dtype) for s in ((N, C), (F, C), (F,), (N, F)))
-        need_h = activation not in ("none", "relu")
 
         def call() -> None:
-            linear.launch_linear_fwd(x, weight, bias, None, activation, need_h)
-            linear.launch_linear_bwd(dy, x, weight, None, dy, activation, True, True, True)
+            _, saved = linear.launch_linear_fwd(x, weight, bias, None, activation, activation != "none")
+            linear.launch_linear_bwd(dy, x, weight, None, saved, activation, True, True, True)
 
         name = f"{activation} {N}x{C}x{F}" + (" float32" if dtype == torch.float32 else "")
         return Shape(name, call, {"linear_product_kernel": 2.0 * N * C * F}, {}, common)

@@ -90,6 +90,22 @@ except Refuted as refuted:
     assert done.returncode == 0 and "caught: output 1" in done.stdout, done.stdout + done.stderr
 
 
+def test_relu_masks_are_those_of_the_reference():
+    code = """
+import torch
+from warploom.ops import backend
+x, weight = torch.randn(37, 40), torch.randn(300, 40)
+masks = []
+for name in ("reference", "triton"):
+    with backend(name):
+        masks.append(torch.ops.warploom.linear_fwd(x, weight, None, None, "relu", True)[1][:, :300 // 8])
+print("equal" if torch.equal(*masks) and masks[0].any() else masks)
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stdout + done.stderr
+
+
 def test_bfloat16_products_are_refused_in_words():
     code = """
 import torch

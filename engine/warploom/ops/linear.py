@@ -26,10 +26,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "silu": F.silu,
 }
-# (dy, saved) -> dh; what is saved is y for "relu" and h for the others.
+# (dy, saved) -> dh; what is saved is y or a bit mask for "relu" and h for the others.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda dy, _: dy,
-    "relu": lambda dy, y: torch.where(y > 0, dy, 0.0),
+    "relu": lambda dy, saved: torch.where(_positive(saved, dy.shape[-1]), dy, 0.0),
     "relu2": lambda dy, h: 2 * dy * torch.relu(h),
     "gelu_tanh": lambda dy, h: torch.ops.aten.gelu_backward(dy, h, approximate="tanh"),
     "silu": lambda dy, h: torch.ops.aten.silu_backward(dy, h),
@@ -144,9 +144,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, panels, activation):
         # ReLU's derivative is where its output is positive; the others are taken from the sum before the activation.
-        need_h = activation not in ("none", "relu") and any(ctx.needs_input_grad)
-        y, h = torch.ops.warploom.linear_fwd.default(x, weight, bias, panels, activation, need_h)
-        ctx.save_for_backward(x, weight, panels, y if activation == "relu" else h)
+        # The backward of a GPU reads that as a bit mask, a sixteenth of the output; on a CPU packing bits costs more.
+        masked = activation == "relu" and (x.device.type == "cuda" or OP.forced() == "triton")
+        reads_y = activation == "relu" and not masked
+        need_saved = activation != "none" and not reads_y and any(ctx.needs_input_grad)
+        y, saved = torch.ops.warploom.linear_fwd.default(x, weight, bias, panels, activation, need_saved)
+        ctx.save_for_backward(x, weight, panels, y if reads_y else saved)
         ctx.activation = activation
         return y
 
@@ -165,13 +168,34 @@ def linear_reference(x, weight, bias=None, activation="none", packed=None):
     return ACTIVATIONS[activation](h)
 
 
-def _reference_fwd(x, weight, bias, panels, activation, need_h):
+def _mask_bytes(width: int) -> int:
+    """Of a row of a bit mask: a multiple of 16, as cuBLASLt wants its auxiliary masks too."""
+    return (width + 127) // 128 * 16
+
+
+def _pack_positive(h: Tensor) -> Tensor:
+    """(..., F) -> (..., _mask_bytes(F)) uint8: bit f % 8 of byte f // 8 is set where h[f] > 0."""
+    bits = F.pad((h > 0).to(torch.uint8), (0, 8 * _mask_bytes(h.shape[-1]) - h.shape[-1]))
+    worth = 1 << torch.arange(8, dtype=torch.uint8, device=h.device)
+    return (bits.unflatten(-1, (-1, 8)) * worth).sum(-1, dtype=torch.uint8)
+
+
+def _positive(saved: Tensor, width: int) -> Tensor:
+    """Where the sum before a ReLU was positive, by its output or by the bit mask of it."""
+    if saved.dtype != torch.uint8:
+        return saved > 0
+    places = torch.arange(8, dtype=torch.uint8, device=saved.device)
+    return ((saved.unsqueeze(-1) >> places) & 1).flatten(-2)[..., :width] != 0
+
+
+def _reference_fwd(x, weight, bias, panels, activation, need_saved):
     h = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if activation == "relu":
-        return h.relu_(), x.new_empty(0)
+        y = h.relu_()
+        return y, _pack_positive(y) if need_saved else x.new_empty(0)
     y = ACTIVATIONS[activation](h)
     # An operator's outputs must not share memory.
-    return y, h if need_h and activation != "none" else x.new_empty(0)
+    return y, h if need_saved and activation != "none" else x.new_empty(0)
 
 
 def _reference_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweight, need_dbias):
@@ -185,9 +209,11 @@ def _reference_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweig
     return dx, dweight, dbias
 
 
-def _fake_fwd(x, weight, bias, panels, activation, need_h):
+def _fake_fwd(x, weight, bias, panels, activation, need_saved):
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, torch.empty_like(y) if need_h else x.new_empty(0)
+    if need_saved and activation == "relu":
+        return y, x.new_empty((*x.shape[:-1], _mask_bytes(weight.shape[0])), dtype=torch.uint8)
+    return y, torch.empty_like(y) if need_saved and activation != "none" else x.new_empty(0)
 
 
 def _fake_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweight, need_dbias):
@@ -198,6 +224,10 @@ def _fake_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweight, n
 def _packs(dtype: torch.dtype) -> bool:
     """Whether the C++ kernels take plain products of this dtype."""
     return dtype in (torch.bfloat16, torch.float16)
+
+
+def _refuses_mask(masked: bool) -> str | None:
+    return "its backward reads ReLU's output, and no bit mask of it" if masked else None
 
 
 def is_left_to_torch(x: Tensor, activation: str) -> str | None:
@@ -249,7 +279,8 @@ def _bench(N, C, width, activation):
 
 
 _SCHEMAS = {
-    "fwd": "(Tensor x, Tensor weight, Tensor? bias, Tensor? panels, str activation, bool need_h) -> (Tensor, Tensor)",
+    "fwd": "(Tensor x, Tensor weight, Tensor? bias, Tensor? panels, str activation, bool need_saved) -> "
+    "(Tensor, Tensor)",
     "bwd": "(Tensor dy, Tensor x, Tensor weight, Tensor? panels, Tensor saved, str activation, bool need_dx, "
     "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
 }
@@ -268,8 +299,16 @@ OP = Op(
             kernels={s: _extension.cpu_kernel(f"linear_{s}") for s in _SCHEMAS},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("linear_fwd", "linear_bwd", "linear_pack"),
+            refuses={
+                "fwd": lambda x, weight, bias, panels, activation, need_saved: _refuses_mask(
+                    activation == "relu" and need_saved
+                ),
+                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: _refuses_mask(
+                    activation == "relu" and saved.dtype == torch.uint8
+                ),
+            },
             slower={
-                "fwd": lambda x, weight, bias, panels, activation, need_h: is_left_to_torch(x, activation),
+                "fwd": lambda x, weight, bias, panels, activation, need_saved: is_left_to_torch(x, activation),
                 "bwd": lambda dy, x, weight, panels, saved, activation, *needs: is_left_to_torch(x, activation),
             },
         ),
@@ -279,10 +318,14 @@ OP = Op(
             missing=_triton.missing,
             refuses={
                 "fwd": lambda x, *_: _triton.refuses_product(x),
-                "bwd": lambda dy, x, *_: _triton.refuses_product(x),
+                "bwd": lambda dy, x, weight, panels, saved, activation, *_: (
+                    "its backward reads a bit mask of ReLU's output, and not the output"
+                    if activation == "relu" and saved.dtype != torch.uint8
+                    else _triton.refuses_product(x)
+                ),
             },
             slower={
-                "fwd": lambda x, weight, bias, panels, activation, need_h: _left_to_cublas(x, activation),
+                "fwd": lambda x, weight, bias, panels, activation, need_saved: _left_to_cublas(x, activation),
                 "bwd": lambda dy, x, weight, panels, saved, activation, *needs: _left_to_cublas(x, activation),
             },
         ),
