@@ -183,9 +183,9 @@ def rewrite_manifest(checkpoint, change):
 
 def test_newer_version_says_which_is_needed(checkpoint):
     save_checkpoint(checkpoint.parent, make_state(41))
-    rewrite_manifest(checkpoint, lambda raw: raw.update(version=2, step="any"))
+    rewrite_manifest(checkpoint, lambda raw: raw.update(version=3, step="any"))
     for function in (verify_checkpoint, load_checkpoint, load_weights_only):
-        with pytest.raises(CheckpointTooNew, match="has format version 2.*reads up to version 1; use a warploom that"):
+        with pytest.raises(CheckpointTooNew, match="has format version 3.*reads up to version 2; use a warploom that"):
             function(checkpoint)
     # Going on from an older one would fork the run.
     with pytest.raises(CheckpointTooNew):

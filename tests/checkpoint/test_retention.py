@@ -86,7 +86,7 @@ def test_counting_damaged_ones_loses_the_last_sound_one(run_dir, monkeypatch):
 def test_those_of_a_newer_format_are_left_alone(run_dir):
     for step in (1, 6):
         folder = run_dir / fmt.folder_name(step)
-        data = (folder / fmt.MANIFEST).read_bytes().replace(b'"version": 1', b'"version": 2')
+        data = (folder / fmt.MANIFEST).read_bytes().replace(b'"version": 1', b'"version": 3')
         (folder / fmt.MANIFEST).write_bytes(data)
         (folder / fmt.MANIFEST_DIGEST).write_bytes(fmt.manifest_digest_line(data))
     apply_retention(run_dir, keep_last=1, keep_best=0)

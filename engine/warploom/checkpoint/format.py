@@ -1,4 +1,4 @@
-"""The checkpoint format, version 1, and the types that stand for it. What is written here is enough to write a reader.
+"""The checkpoint format and the types that stand for it. What is written here is enough to write a reader.
 
 A run folder holds one folder per checkpoint, `step-` and the step as at least eight digits, and may hold these:
 
@@ -20,22 +20,30 @@ A checkpoint folder is complete as soon as it has its name. It holds regular fil
     manifest.json           see below
     manifest.json.xxh3      "<xxh3_128 of manifest.json>  manifest.json" and a newline, as `xxhsum -H2` writes it
 
+Several processes write one file each of the three kinds that hold tensors, model.rank00003.safetensors for process 3:
+the parts of the tensors that it is the owner of, and its random states, named "rank3/...". Together the parts of a
+tensor are the tensor, each number once. Such a checkpoint has version 2, one of whole tensors version 1.
+
 A .safetensors file is a little-endian uint64 n, n bytes of UTF-8 JSON {name: {"dtype", "shape", "data_offsets"}}, then
 the tensors' bytes, row-major and little-endian, without gaps (https://github.com/huggingface/safetensors). JSON is
 UTF-8 with no key twice in an object; numbers are as Python's json writes them: floats in the shortest form that reads
 back to the same float64, and in state.json possibly NaN or Infinity.
 
+The header's "__metadata__" says {"step": "42", "run": "<id of the run>"}, so that a file of another step or run is
+known as such; it may be absent.
+
 manifest.json:
 
-    {"format": "warploom checkpoint", "version": 1, "step": 42, "heldout_loss": 1.25 or null,
+    {"format": "warploom checkpoint", "version": 1, "step": 42, "run": id or null, "heldout_loss": 1.25 or null,
      "files": {"model.safetensors": {"size": bytes, "xxh3_128": hex,
                                      "tensors": {name: {"dtype": "F32", "shape": [2, 3], "xxh3_128": hex}}},
                "state.json": {"size": bytes, "xxh3_128": hex}, ...}}
 
-It lists every other file. File names are plain names, without any folder. xxh3_128 is XXH3 with 128 bits and seed 0 as
-32 lower-case hex digits, big-endian ("canonical"), of the whole file, or of one tensor's bytes. It guards against
-accidents, not against an adversary. Every later version keeps manifest.json, manifest.json.xxh3, "format" and
-"version", so any reader can tell a newer checkpoint from a damaged one.
+A part of a tensor has in addition "whole": [6, 3], the shape of the tensor, and "start": [2, 0], where the part begins
+in it. "run" may be absent. The manifest lists every other file. File names are plain names, without any folder.
+xxh3_128 is XXH3 with 128 bits and seed 0 as 32 lower-case hex digits, big-endian ("canonical"), of the whole file, or
+of one tensor's bytes. It guards against accidents, not against an adversary. Every later version keeps manifest.json,
+manifest.json.xxh3, "format" and "version", so any reader can tell a newer checkpoint from a damaged one.
 """
 
 from __future__ import annotations
@@ -54,7 +62,7 @@ from torch import Tensor
 from warploom.errors import UserError
 
 FORMAT = "warploom checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -64,6 +72,10 @@ STATE = "state.json"
 TOKENIZER = "tokenizer.json"
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.json.xxh3"
+
+# The kinds of files that hold tensors, by their name where one process wrote them.
+TENSOR_KINDS = (WEIGHTS, OPTIMIZER, RNG)
+_RANK_NAME = re.compile(r"(\w+)\.rank\d{5,}\.safetensors")
 
 TEMPORARY_NAME = re.compile(r"\.tmp-step-\d+-(\d+)")
 TRASH_PREFIX = ".trash-"
@@ -103,10 +115,28 @@ class CheckpointTooNew(UserError):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a part of a tensor belongs: the shape of the whole tensor, and where in it the part begins."""
+
+    whole: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class TensorRecord:
     dtype: str  # the safetensors code: "F32", "BF16"
     shape: tuple[int, ...]
     xxh3_128: str
+    place: Place | None = None
+    """None for a whole tensor."""
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        return self.shape if self.place is None else self.place.whole
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        return (0,) * len(self.shape) if self.place is None else self.place.start
 
 
 @dataclass(frozen=True)
@@ -121,6 +151,38 @@ class Manifest:
     step: int
     heldout_loss: float | None
     files: dict[str, FileRecord]
+    run: str | None = None
+
+    @property
+    def version(self) -> int:
+        """The oldest version whose readers know everything in here."""
+        return 1 if all(name in self.files for name in TENSOR_KINDS) else 2
+
+    def pieces(self, kind: str) -> dict[str, list[tuple[str, TensorRecord]]]:
+        """Return the tensors of a kind by name: the files that hold parts of each, or the whole, with their records."""
+        found: dict[str, list[tuple[str, TensorRecord]]] = {}
+        for file, record in self.files.items():
+            if kind_of(file) == kind:
+                for name, entry in (record.tensors or {}).items():
+                    found.setdefault(name, []).append((file, entry))
+        return found
+
+    def checksum(self, kind: str) -> str:
+        """Return a checksum of all tensors of a kind: the file's own where it is one file."""
+        digests = [self.files[name].xxh3_128 for name in sorted(self.files) if kind_of(name) == kind]
+        return digests[0] if len(digests) == 1 else xxh3_128("".join(digests).encode())
+
+
+def file_of_rank(kind: str, rank: int) -> str:
+    """Return the name of a process's own file of a kind."""
+    return f"{kind.removesuffix('.safetensors')}.rank{rank:05d}.safetensors"
+
+
+def kind_of(file: str) -> str | None:
+    """Return which of TENSOR_KINDS a file is of, None for other files."""
+    match = _RANK_NAME.fullmatch(file)
+    kind = file if match is None else f"{match[1]}.safetensors"
+    return kind if kind in TENSOR_KINDS else None
 
 
 def folder_name(step: int) -> str:
@@ -184,12 +246,14 @@ def encode_manifest(manifest: Manifest) -> bytes:
     for name, record in manifest.files.items():
         files[name] = {"size": record.size, "xxh3_128": record.xxh3_128}
         if record.tensors is not None:
-            files[name]["tensors"] = {
-                tensor: {"dtype": entry.dtype, "shape": entry.shape, "xxh3_128": entry.xxh3_128}
-                for tensor, entry in record.tensors.items()
-            }
-    header = {"format": FORMAT, "version": FORMAT_VERSION, "step": manifest.step, "heldout_loss": manifest.heldout_loss}
-    return encode_json({**header, "files": files})
+            files[name]["tensors"] = {tensor: _tensor_entry(entry) for tensor, entry in record.tensors.items()}
+    header = {"format": FORMAT, "version": manifest.version, "step": manifest.step, "run": manifest.run}
+    return encode_json({**header, "heldout_loss": manifest.heldout_loss, "files": files})
+
+
+def _tensor_entry(record: TensorRecord) -> dict[str, Any]:
+    entry = {"dtype": record.dtype, "shape": record.shape, "xxh3_128": record.xxh3_128}
+    return entry if record.place is None else {**entry, "whole": record.place.whole, "start": record.place.start}
 
 
 def manifest_digest_line(manifest: bytes) -> bytes:
@@ -209,21 +273,24 @@ def parse_manifest(data: bytes) -> Manifest:
             f"it has format version {version}, and this warploom reads up to version {FORMAT_VERSION}; "
             f"use a warploom that reads version {version}"
         )
-    step, loss, files = raw.get("step"), raw.get("heldout_loss"), raw.get("files")
+    step, run, loss, files = raw.get("step"), raw.get("run"), raw.get("heldout_loss"), raw.get("files")
     if not is_count(step):
         raise ValueError(f"has the step {step!r}")
+    if run is not None and not isinstance(run, str):
+        raise ValueError(f"has the run {run!r}")
     if loss is not None and not (isinstance(loss, float) and math.isfinite(loss)):
         raise ValueError(f"has the heldout_loss {loss!r}")
     if not isinstance(files, dict):
         raise ValueError("lists no files")
     records = {name: _file_record(name, record) for name, record in files.items()}
-    for required in (WEIGHTS, OPTIMIZER, RNG):
-        if required not in records or records[required].tensors is None:
+    for required in TENSOR_KINDS:
+        found = [record for name, record in records.items() if kind_of(name) == required]
+        if not found or any(record.tensors is None for record in found):
             raise ValueError(f"does not list {required} with its tensors")
     for required in (CONFIG, STATE):
         if required not in records:
             raise ValueError(f"does not list {required}")
-    return Manifest(step, loss, records)
+    return Manifest(step, loss, records, run)
 
 
 def _file_record(name: str, raw: Any) -> FileRecord:
@@ -251,7 +318,19 @@ def _tensor_record(file: str, name: str, raw: Any) -> TensorRecord:
         or not isinstance(raw.get("xxh3_128"), str)
     ):
         raise ValueError(f"lists tensor {name!r} of {file} without its dtype, shape and xxh3_128")
-    return TensorRecord(raw["dtype"], tuple(raw["shape"]), raw["xxh3_128"])
+    shape = tuple(raw["shape"])
+    whole, start = raw.get("whole"), raw.get("start")
+    if whole is None and start is None:
+        return TensorRecord(raw["dtype"], shape, raw["xxh3_128"])
+    if not (
+        isinstance(whole, list)
+        and isinstance(start, list)
+        and len(whole) == len(start) == len(shape)
+        and all(map(is_count, [*whole, *start]))
+        and all(first + length <= limit for first, length, limit in zip(start, shape, whole, strict=True))
+    ):
+        raise ValueError(f"lists tensor {name!r} of {file} as a part of {whole!r} from {start!r} on")
+    return TensorRecord(raw["dtype"], shape, raw["xxh3_128"], Place(tuple(whole), tuple(start)))
 
 
 def is_count(value: Any) -> TypeGuard[int]:

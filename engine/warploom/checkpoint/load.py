@@ -91,6 +91,15 @@ def find_checkpoint(path: str | os.PathLike[str], on_skip: Callable[[str], None]
     return newest
 
 
+def checkpoints_at(path: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoint that path is, or all of the run folder that it is, newest first, unread. Else UserError."""
+    folder = _existing_folder(path)
+    found = [folder] if (folder / fmt.MANIFEST).exists() else fmt.list_checkpoints(folder)
+    if not found:
+        raise UserError(f"{folder} is neither a checkpoint nor a run folder that holds one; name a step-... folder")
+    return found
+
+
 def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     """Check every byte of a checkpoint against its manifest. Errors as load_checkpoint."""
     folder = _checkpoint_folder(path)
@@ -114,6 +123,11 @@ def read_manifest(folder: Path) -> Manifest:
     if named is not None and named != manifest.step:
         raise CheckpointDamaged(folder, fmt.MANIFEST, f"is that of step {manifest.step}")
     return manifest
+
+
+def read_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Read the configuration of the run. Errors as load_checkpoint."""
+    return _load_json(folder, fmt.CONFIG, manifest, True)
 
 
 def load_weights(

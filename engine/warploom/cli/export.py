@@ -18,10 +18,10 @@ class Command:
     checkpoint: tyro.conf.Positional[Path]
     """A step-... folder, or a run folder, whose newest sound checkpoint is taken."""
     out: tyro.conf.Positional[Path]
-    """What to write: a folder for hf, a file for gguf and onnx. It must not exist."""
-    format: Literal["hf", "gguf", "onnx"] = "hf"
+    """What to write: a folder for hf and safetensors, a file for gguf and onnx. It must not exist."""
+    format: Literal["hf", "safetensors", "gguf", "onnx"] = "hf"
     """hf: config.json, model.safetensors and tokenizer.json for Hugging Face transformers. gguf: for llama.cpp.
-    onnx: for ONNX Runtime."""
+    onnx: for ONNX Runtime. safetensors: the same files with this engine's names, whatever the model."""
     family: str | None = None
     """hf: the architecture to write, such as llama or falcon; None takes the first that has such models."""
     precision: Literal["f32", "f16", "q8_0"] = "f32"

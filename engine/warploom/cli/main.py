@@ -23,6 +23,7 @@ VERBS = {
     "eval": "held-out loss, perplexity and bits per byte of a checkpoint",
     "import": "a model of Hugging Face transformers, llama.cpp or CTranslate2 as a checkpoint",
     "export": "a checkpoint for Hugging Face transformers, llama.cpp or ONNX Runtime",
+    "checkpoint": "inspect, verify or export a checkpoint: what it holds, whether it is whole, its weights elsewhere",
     "plan": "what a run will take: FLOPs, memory, the layouts that fit, days, cost; and how right that was",
     "verify": "prove every op right on this machine, on each back end and instruction-set level",
     "ladder": "from a naive training loop to this engine, one optimisation at a time: speed, memory, equal losses",
@@ -33,7 +34,7 @@ VERBS = {
 
 def usage() -> str:
     lines = ["usage: warploom VERB [flags]", "", "Train transformer language models from scratch.", "", "verbs:"]
-    lines += [f"  {verb:<10}{text}" for verb, text in VERBS.items()]
+    lines += [f"  {verb:<11}{text}" for verb, text in VERBS.items()]
     lines += ["", "`warploom VERB --help` lists the flags of a verb, with meaning, unit and default."]
     return "\n".join(lines)
 

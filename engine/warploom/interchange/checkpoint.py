@@ -17,7 +17,7 @@ from warploom.models.transformer import Transformer
 from warploom.train.config import RunConfig, TrainConfig
 from warploom.train.load_model import load_model
 
-Format = Literal["hf", "gguf", "onnx"]
+Format = Literal["safetensors", "hf", "gguf", "onnx"]
 
 
 def import_checkpoint(
@@ -58,7 +58,8 @@ def export_checkpoint(
     family: str | None = None,
     precision: gguf.Precision = "f32",
 ) -> Path:
-    """Write a checkpoint, or the newest of a run folder, for other programs: hf a folder, gguf and onnx a file.
+    """Write a checkpoint, or the newest of a run folder, for other programs: safetensors and hf a folder, gguf and onnx
+    a file. safetensors has the model's own names and the configuration of the run; any model can be written so.
 
     Raises UserError if the format has no such model and if out exists.
     """
@@ -68,6 +69,13 @@ def export_checkpoint(
         return gguf.export_gguf(loaded.model, out, tokenizer=tokenizer, precision=precision)
     if format == "onnx":
         return onnx.export_onnx(loaded.model, out)
+    if format == "safetensors":
+        return hugging_face.write_folder(
+            Path(out),
+            loaded.model.state_dict(),
+            loaded.config.to_dict(),
+            None if tokenizer is None else tokenizer.to_bytes(),
+        )
     ids = {}
     if tokenizer is not None:
         ids = {"eos": tokenizer.eos_id, "bos": tokenizer.begin_ids[0] if tokenizer.begin_ids else tokenizer.eos_id}

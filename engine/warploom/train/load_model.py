@@ -86,7 +86,7 @@ def load_model(
 
 def base_record(checkpoint: Path) -> dict[str, str]:
     """Return what an adapter's checkpoint says of its base, so that it is found and known again."""
-    return {"path": str(checkpoint.resolve()), "weights": read_manifest(checkpoint).files[WEIGHTS].xxh3_128}
+    return {"path": str(checkpoint.resolve()), "weights": read_manifest(checkpoint).checksum(WEIGHTS)}
 
 
 def _adapted(
