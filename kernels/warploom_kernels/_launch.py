@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,13 +174,22 @@ def tuned_file(index: int = 0) -> Path:
 @functools.cache
 def _entries(index: int) -> dict[str, dict[str, int]]:
     path = tuned_file(index)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        entries = None
+    if not isinstance(entries, dict):
+        warnings.warn(f"{path} is damaged, so no kernel is tuned; run `warploom tune` again", stacklevel=2)
+        return {}
+    return entries
 
 
 def _write(index: int, entries: Mapping[str, Mapping[str, int]]) -> None:
     """Two processes may write at once: each writes a file of its own and renames it."""
     path = tuned_file(index)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     mine = path.with_suffix(f".{os.getpid()}")
     mine.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     mine.replace(path)

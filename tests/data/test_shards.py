@@ -198,6 +198,22 @@ def test_the_same_request_is_answered_from_the_folder(copy):
     assert second.train.fingerprint == copy.train.fingerprint
 
 
+def test_a_data_set_that_others_rest_on_is_not_replaced(copy):
+    before = built(copy)
+    assert built(again(copy, replace=False)) == before
+    with pytest.raises(UserError, match="tokens of another text or other settings.* or another folder"):
+        again(copy, replace=False, heldout_fraction=0.3)
+    assert built(copy) == before
+    assert built(again(copy, heldout_fraction=0.3)) != before
+
+
+def test_asking_for_the_words_that_were_found_is_asking_for_the_same(copy):
+    more = again(copy, vocab_size=100_000)
+    assert more.tokenizer.vocab_size < 100_000
+    assert built(again(copy, vocab_size=more.tokenizer.vocab_size)) == built(more)
+    assert again(copy, vocab_size=more.tokenizer.vocab_size - 1).tokenizer.vocab_size == more.tokenizer.vocab_size - 1
+
+
 def test_two_runs_for_one_folder_build_it_once(corpus, tmp_path):
     builds = []
 

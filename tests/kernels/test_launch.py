@@ -50,5 +50,16 @@ def test_an_entry_that_no_longer_ships_counts_for_nothing(tuned):
     assert choose({32: 1.0, 64: 2.0, 128: 3.0}) is CONFIGS[0]
 
 
+@pytest.mark.parametrize("content", ["{", "", "[1]", "\x00\xff"])
+def test_a_damaged_file_is_said_and_written_anew(tuned, content):
+    tuned.parent.mkdir()
+    tuned.write_text(content, encoding="latin-1")
+    with pytest.warns(UserWarning, match="card.kernels.json is damaged.*run `warploom tune` again"):
+        assert _launch._chosen("kernel key", CONFIGS, lambda config: pytest.fail("measured"), CARD) is CONFIGS[0]
+    with _launch.tuning():
+        choose({32: 3.0, 64: 1.0, 128: 2.0})
+    assert json.loads(tuned.read_text())["kernel key"]["BLOCK"] == 64
+
+
 def test_sizes_share_a_key_up_to_a_power_of_2():
     assert _launch.power_of_2_key(1000, 768) == _launch.power_of_2_key(1024, 1024) != _launch.power_of_2_key(1025, 768)

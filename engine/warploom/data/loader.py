@@ -171,6 +171,12 @@ def _batch(
     """Windows at starts on the ring, (B,) int64; targets from position end + 1 on are IGNORE_INDEX."""
     B, T = len(starts), seq_len
     window = split.read(starts, T + 1)  # (B, T + 1) int64
+    if not 0 <= window.min() <= window.max() < len(split.token_bytes):
+        bad = window.max() if window.max() >= len(split.token_bytes) else window.min()
+        raise UserError(
+            f"the {split.name} split holds the token {bad}, and its tokenizer has those from 0 to "
+            f"{len(split.token_bytes) - 1}: its files are damaged; tokenize again"
+        )
     tokens, targets = window[:, :-1].copy(), window[:, 1:].copy()
     num_bytes = int(split.token_bytes[targets].sum())
     if end is not None and starts[-1] + T > end:

@@ -75,11 +75,13 @@ def tokenize_corpus(
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress = lambda stage, done, total: None,
+    replace: bool = True,
 ) -> TokenDataset:
     """Encode the documents of paths (see read_documents) into out_dir and open it.
 
     If out_dir already holds the data set of the same sources (names, sizes, checksums) and settings, it is only
-    opened; if it holds another, it is replaced. A second process that wants the same folder waits for the first.
+    opened; if it holds another, it is replaced or, without `replace`, refused. A second process that wants the same
+    folder waits for the first.
     tokenizer: used as it is; None trains one of vocab_size on the training side, or a sample of it.
     heldout_unit: what the hash decides on, see data/heldout.py; "auto" takes documents if there are enough.
     workers: threads that encode, all cores by default.
@@ -112,11 +114,18 @@ def tokenize_corpus(
             for leftover in (partial, old):  # under the lock, it belongs to a run that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             if (out / "manifest.json").exists():
+                dataset = None
                 with contextlib.suppress(UserError):  # damaged or of another version: made anew
                     dataset = TokenDataset(out)
-                    if dataset.manifest["request"] == request:
+                    if _answers(dataset, request):
                         dataset.verify()
                         return dataset
+                if dataset is not None and not replace and not _answers(dataset, request):
+                    raise UserError(
+                        f"{out} holds the tokens of another text or other settings, and checkpoints beside it were "
+                        f"trained on them; give the same text as then, or {out} itself as the data, or another folder "
+                        "for the run"
+                    )
             _require_replaceable(out)
             partial.mkdir()
             try:
@@ -299,6 +308,17 @@ class SplitWriter:
         self._offsets.abandon()
         if self._shard is not None:
             self._shard.abandon()
+
+
+def _answers(dataset: TokenDataset, request: dict[str, Any]) -> bool:
+    """Whether a data set is the one asked for; also if it was made when more words were asked for than there are."""
+    made_for = dataset.manifest["request"]
+    if made_for == request:
+        return True
+    settings = made_for.get("settings", {})
+    if settings.get("vocab_size") is None:
+        return False
+    return {**made_for, "settings": {**settings, "vocab_size": dataset.tokenizer.vocab_size}} == request
 
 
 def _source(path: Path) -> dict[str, Any]:

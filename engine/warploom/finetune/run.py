@@ -217,6 +217,7 @@ def _open_text(data: Sequence[str | Path], out_dir: Path, tokenizer: Tokenizer, 
         tokenizer=tokenizer,
         heldout_fraction=tune.heldout_fraction,
         on_bad_line=tune.on_bad_line,
+        replace=not list_checkpoints(out_dir),
     )
 
 

@@ -94,6 +94,7 @@ def open_text(
         on_bad_utf8=text.on_bad_utf8,
         on_bad_line=text.on_bad_line,
         progress=progress,
+        replace=not list_checkpoints(out_dir),
     )
     train, heldout = dataset.train, dataset.heldout
     console.print(
