@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warploom.data.loader import IGNORE_INDEX, Loader, evaluation_batches, permute
@@ -100,6 +100,35 @@ def test_what_an_epoch_drops_is_seen_in_another():
     loader = loader_of(ring, 8, 1)
     seen = {token for row in rows(take(loader, 20)) for token in row}
     assert seen == set(range(11))
+
+
+LAYOUTS = [(micro, ranks) for micro in (1, 2, 4) for ranks in (1, 2, 4) if micro * ranks <= 4]  # of 4 sequences a step
+kills = st.lists(st.tuples(st.integers(0, 5), st.sampled_from(LAYOUTS)), max_size=5)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(rings_and_windows(), seeds, st.integers(1, 3), kills, st.sampled_from(LAYOUTS))
+def test_through_kills_and_changes_of_layout_every_sample_is_seen_once(ring_and_window, seed, save_every, kills, last):
+    """kills: after how many steps each attempt dies, and how it was spread; steps since its last save are made again
+    by the next one, on another number of ranks and with other micro batches."""
+    ring, T = ring_and_window
+    num_steps = 6
+    expected = rows(take(loader_of(ring, T, 4, seed=seed), num_steps))
+    seen, saved = [], None
+    for lives, (micro, ranks) in [*kills, (num_steps, last)]:
+        loaders = [loader_of(ring, T, micro, seed=seed, rank=rank, world_size=ranks) for rank in range(ranks)]
+        first = 0 if saved is None else saved[0]
+        if saved is not None:
+            for loader in loaders:
+                loader.load_state_dict(saved[1])
+        del seen[4 * first :]
+        for step in range(first + 1, min(num_steps, first + lives) + 1):
+            for _ in range(4 // (micro * ranks)):
+                parts = [next(loader).tokens for loader in loaders]
+                seen += torch.stack(parts, dim=1).flatten(0, 1).tolist()  # dealt out in turn
+            if step % save_every == 0:
+                saved = step, json.loads(json.dumps(loaders[0].state_dict()))
+    assert seen == expected
 
 
 def test_without_shuffle_the_order_is_that_of_the_text():
