@@ -1,7 +1,7 @@
-import gzip
 import json
 
 import pytest
+from bench.curate_accuracy import marked_sentences, presidio_sentences, score_redaction
 
 from warploom.curate.document import Document
 from warploom.curate.redact import KINDS, Redact, apply_spans, find
@@ -25,9 +25,14 @@ def kinds(text, **options):
         ("from 2001:4860:4860::8888 it came", [("2001:4860:4860::8888", "ip")]),
         ("card 4111 1111 1111 1111!", [("4111 1111 1111 1111", "card")]),
         ("order 4111 1111 1111 1112", []),
+        ("4111 1111 1111 1111 09/27 CVV 112", [("4111 1111 1111 1111", "card")]),
+        ("pan=4111111111111111&exp=0927, id=4111111111111111&x=1", [("4111111111111111", "card")]),
+        ("e is 2.718281828459045, EAN 5 901234 123457", []),
         ("IBAN GB82 WEST 1234 5698 7654 32 please", [("GB82 WEST 1234 5698 7654 32", "iban")]),
         ("IBAN GB82 WEST 1234 5698 7654 33 please", []),
         ("SSN 219-09-9999", [("219-09-9999", "ssn")]),
+        ("lot 219099998, my social (219 09 9999)", [("219 09 9999", "ssn")]),
+        ("section 4.2.1.7, the call centre took 1 250 400 calls", []),
         ("SSN 000-12-3456 or 666-12-3456 or 900-12-3456", []),
         ("key AKIAIOSFODNN7EXAMPLE here", [("AKIAIOSFODNN7EXAMPLE", "key")]),
         ("ghp_" + "a" * 36, []),
@@ -68,41 +73,28 @@ def test_private_key_blocks_go_whole():
     assert kind == "key" and found.endswith("END RSA PRIVATE KEY-----")
 
 
-LABELS = {
-    "CREDIT_CARD": "card",
-    "PHONE_NUMBER": "phone",
-    "EMAIL_ADDRESS": "email",
-    "IBAN_CODE": "iban",
-    "US_SSN": "ssn",
-    "IP_ADDRESS": "ip",
+# Set of sentences -> kind -> the least precision and recall that the rules are held to. "presidio" and "mended_with"
+# were at hand when rules were written; "unseen" was made before the last rules were, and no rule was changed for it.
+FLOORS = {
+    "presidio": {kind: (0.97, 0.97) for kind in ("email", "phone", "ip", "card", "iban", "ssn")},
+    "mended_with": {kind: (0.97, 0.94) for kind in KINDS},
+    "unseen": {**{kind: (0.97, 0.95) for kind in KINDS}, "ip": (0.9, 0.97)},
 }
 
 
-def test_precision_and_recall_on_labelled_sentences(shared_data):
+@pytest.mark.parametrize("name", FLOORS)
+def test_precision_and_recall_on_labelled_sentences(name, request):
     """The figures of docs/data.md."""
-    with gzip.open(shared_data / "web" / "presidio_synth_dataset_v2.json.gz") as file:
-        sentences = json.load(file)
-    hits = dict.fromkeys(LABELS.values(), 0)
-    found = dict.fromkeys(KINDS, 0)
-    labelled = dict.fromkeys(LABELS.values(), 0)
-    right = dict.fromkeys(KINDS, 0)
-    for sentence in sentences:
-        gold = [
-            (span["start_position"], span["end_position"], LABELS[span["entity_type"]])
-            for span in sentence["spans"]
-            if span["entity_type"] in LABELS
-        ]
-        got = list(find(sentence["full_text"], private_addresses=True))
-        for start, end, kind in got:
-            found[kind] += 1
-            right[kind] += any(kind == k and start < b and a < end for a, b, k in gold)
-        for start, end, kind in gold:
-            labelled[kind] += 1
-            hits[kind] += any(kind == k and start < b and a < end for a, b, k in got)
-    for kind, number in labelled.items():
-        assert number >= 14
-        assert hits[kind] >= 0.97 * number, (kind, hits[kind], number)
-        assert right[kind] >= 0.97 * found[kind], (kind, right[kind], found[kind])
+    if name == "presidio":
+        request.getfixturevalue("shared_data")
+        counts = score_redaction(presidio_sentences(), private_addresses=True)
+    else:
+        counts = score_redaction(marked_sentences(name), private_addresses=False)
+    for kind, (precision, recall) in FLOORS[name].items():
+        count = counts[kind]
+        assert count["labelled"] >= 14
+        assert count["recalled"] >= recall * count["labelled"], (kind, count)
+        assert count["right"] >= precision * count["found"], (kind, count)
 
 
 def test_prose_has_no_personal_data(shared_data):

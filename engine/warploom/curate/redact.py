@@ -22,11 +22,17 @@ from warploom.errors import UserError, nearest
 
 _NOT_HOSTS = ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "html", "htm", "php", "pdf")
 _PHONE_WORDS = re.compile(
-    r"(?i)\b(?:phones?|tel|telephone|calls?|called|calling|fax|mobile|cell|whatsapp|dial|ring|text|sms|messages?|"
-    r"answering|reach|desk|hotline)\b"
+    r"(?i)\b(?:phones?|tel|telephone|calls?|called|calling|fax|mobile|cell|whatsapp|dial|contact|hotline)\b"
 )
+_PHONE_LABEL = re.compile(_PHONE_WORDS.pattern + r"[.: ]*$")
+_THOUSANDS = re.compile(r"[1-9]\d?(?:[ .]\d{3}){2,}")
+# Words that speak of other things as often: a number after them must be written in groups, or have the ten digits of
+# North America.
+_PHONE_HINTS = re.compile(r"(?i)\b(?:ring|text|sms|messages?|answering|reach|desk)\b")
 _PHONE_WORDS_AFTER = re.compile(r"(?i)[ \-(,\\]*(?:office|home|mobile|cell|fax|desk)\b")
-_CARD_WORDS = re.compile(r"(?i)\b(?:card|visa|mastercard|amex|cc)\b")
+_CARD_WORDS = re.compile(r"(?i)\b(?:card|visa|mastercard|amex|cc|pan)\b")
+_SSN_WORDS = re.compile(r"(?i)\b(?:ssn|social|w-?2)\b")
+_SECTION_WORDS = re.compile(r"(?i)(?:\b(?:section|chapter|version)s?|\bv|\u00a7)\.?\s*$")
 
 # Alternatives are tried in this order where they begin at the same place.
 _PATTERNS = {
@@ -34,6 +40,8 @@ _PATTERNS = {
         r"AKIA[0-9A-Z]{16}|ASIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,}"
         r"|xox[abprs]-[A-Za-z0-9-]{10,}|AIza[0-9A-Za-z_-]{35}|sk_live_[0-9A-Za-z]{16,}|sk-[A-Za-z0-9_-]{32,}"
         r"|glpat-[0-9A-Za-z_-]{20}|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"
+        r"|npm_[A-Za-z0-9]{36}|hf_[A-Za-z0-9]{34}|pypi-AgE[A-Za-z0-9_-]{50,}|SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}"
+        r"|\bSK[0-9a-f]{32}\b|\b[0-9a-f]{32}-us[0-9]{1,2}\b|\b[0-9]{8,10}:AA[A-Za-z0-9_-]{33}\b"
         r"|-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[A-Za-z0-9+/=\s]*(?:-----END [A-Z ]{0,20}PRIVATE KEY-----)?"
     ),
     "email": r"[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}\.)+[A-Za-z]{2,24}\b",
@@ -125,6 +133,8 @@ def _ip(text: str, start: int, end: int) -> Found:
     longer = re.compile(r"[0-9]{2}(?:\.[0-9]{2}){4}(?![.0-9])").match(text, start)
     if longer:
         return _number(text, start, longer.end())
+    if _SECTION_WORDS.search(text[max(0, start - 12) : start]):
+        return None
     if text[start - 1 : start] in (".", ":") or text[end : end + 1] == ":" or text[end : end + 2].strip(".").isdigit():
         return None  # a version number, a clock time, part of something longer
     value = text[start:end]
@@ -172,30 +182,42 @@ def _iban(text: str, start: int, end: int) -> Found:
 def _number(text: str, start: int, end: int) -> Found:
     """What a run of digits and separators is: a card, a social-security or a telephone number, or nothing."""
     value = text[start:end]
-    digits = re.sub(r"\D", "", value)
     before, after = text[start - 1 : start], text[end : end + 1]
+    card = _CARD.match(value)
+    if card and _is_card(card[0], before, "" if card.end() < len(value) else after, text[max(0, start - 30) : start]):
+        return start, start + card.end(), "card"  # what follows is its date
     if before and (before in "_=#$%/\\@&?" or before.isalpha()) or after and (after in "_=%/\\@&" or after.isalpha()):
         return None  # part of an address, an identifier, a price
-    if value[0] not in "+(" and _is_card(digits, bool(_CARD_WORDS.search(text[max(0, start - 30) : start]))):
-        return start, end, "card"
-    if re.fullmatch(r"\d{3}[- ]\d{2}[- ]\d{4}", value):
-        area, group, serial = re.split("[- ]", value)
-        issued = area not in ("000", "666") and area < "900" and group != "00" and serial != "0000"
-        return (start, end, "ssn") if issued else None
-    announced = _PHONE_WORDS.search(text[max(0, start - 40) : start]) or _PHONE_WORDS_AFTER.match(text, end)
-    return (start, end, "phone") if _is_phone(value, bool(announced)) else None
+    ssn = re.fullmatch(r"\(?(\d{3})([- ]?)(\d{2})\2(\d{4})", value)
+    if ssn and (ssn[2] or _SSN_WORDS.search(text[max(0, start - 40) : start])):
+        issued = ssn[1] not in ("000", "666") and ssn[1] < "900" and ssn[3] != "00" and ssn[4] != "0000"
+        return (start + (value[0] == "("), end, "ssn") if issued else None
+    lead = text[max(0, start - 40) : start]
+    announced = _PHONE_WORDS.search(lead) or _PHONE_WORDS_AFTER.match(text, end)
+    hinted = _PHONE_HINTS.search(lead) and re.search(r"\d[-. ()]+\d|^[2-9]\d\d[2-9]\d{6}$", value)
+    if _THOUSANDS.fullmatch(value) and not _PHONE_LABEL.search(lead):
+        return None
+    return (start, end, "phone") if _is_phone(value, bool(announced or hinted)) else None
 
 
+_CARD = re.compile(r"\d{12,19}(?!\d)|\d{4,6}(?:[ -]\d{4,6}){2,3}(?:[ -]\d{3})?(?![\d-])")
 _CARD_ISSUERS = re.compile(r"3[0-9]|4|5[0-9]|6|1800|2131|2[2-7]")
 
 
-def _is_card(digits: str, announced: bool) -> bool:
+def _is_card(value: str, before: str, after: str, lead: str) -> bool:
     """A known issuer's first digits, a length that cards have, and the Luhn check digit; a number that the text calls a
-    card's may have a mistyped digit."""
+    card's may have a mistyped digit, and be a parameter's value. before, after: the characters beside it; lead: the
+    text that leads to it."""
+    announced = bool(_CARD_WORDS.search(lead))
+    if before and (before in "_#$%/\\@&?." or before.isalpha() or before == "=" and not announced):
+        return False
+    if after and (after in "_=%/\\@" or after.isalpha() or after == "&" and not announced):
+        return False
+    digits = re.sub(r"\D", "", value)
     if not 12 <= len(digits) <= 19 or not _CARD_ISSUERS.match(digits) or len(set(digits)) < 2:
         return False
     doubled = [int(digit) * (2 if index % 2 else 1) for index, digit in enumerate(reversed(digits))]
-    return announced or sum(value - 9 if value > 9 else value for value in doubled) % 10 == 0
+    return announced or sum(digit - 9 if digit > 9 else digit for digit in doubled) % 10 == 0
 
 
 def _is_phone(value: str, announced: bool) -> bool:
@@ -209,13 +231,16 @@ def _is_phone(value: str, announced: bool) -> bool:
         return False  # a date
     if len(groups) >= 2 and all(re.fullmatch(r"(?:1[5-9]|20)\d\d", group) for group in groups):
         return False  # years
-    if value[0] == "+" or value.startswith("00"):
+    if value[0] == "+":
         return len(digits) >= 9
+    if value.startswith("00"):
+        return value[2] in "123456789" and "/" not in value and len(digits) >= 11
     if announced or re.fullmatch(r"(?:1[-. ])?\(?[2-9]\d\d\)?[-. ]{1,2}\d{3}[-. ]\d{4}", value):
         return True
     in_pairs = len(groups) == 5 and all(len(group) == 2 for group in groups)
     grouped = len(groups) > 1 and (max(map(len, groups)) >= 3 or in_pairs)
-    return grouped and (value[0] == "(" or digits[0] == "0") and 9 <= len(digits) <= 12
+    area = re.match(r"(?:\d{1,3} ?)?\(", value)  # an area code in brackets, a trunk or country code before it
+    return grouped and bool(area or digits[0] == "0") and 9 <= len(digits) <= 12
 
 
 def _key(text: str, start: int, end: int) -> Found:

@@ -52,7 +52,7 @@ from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
 
 # Of what the steps write; raised when one of them changes.
-VERSION = 1
+VERSION = 2
 # Small files are read by one task until they have this many bytes; a task is what a worker takes at once.
 TASK_BYTES = 64 << 20
 # A larger file is read by several tasks. Each reads it through and takes every so manieth block of records: reading is
