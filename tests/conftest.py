@@ -1,6 +1,7 @@
-"""What all tests share: one thread unless a test asks for more, and the folder of real text."""
+"""What all tests share: one thread unless a test asks for more, a small tokenized corpus, the folder of real text."""
 
 import os
+import random
 from pathlib import Path
 
 # The tensors of tests are small: one thread runs them faster than several, and does not fight what else runs. Set
@@ -10,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from warploom.data.shards import tokenize_corpus  # noqa: E402
 from warploom.ops import _extension  # noqa: E402
 
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -35,3 +37,18 @@ def shared_data() -> Path:
     if not _SHARED_DATA.is_dir():
         pytest.skip("no ../shared/data beside this checkout: tests on real text are skipped")
     return _SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory):
+    """The folder of a token data set: 40 documents of made-up sentences, vocabulary 300."""
+    folder = tmp_path_factory.mktemp("corpus")
+    chance = random.Random(0)
+    words = [f"{a}{b}{c}" for a in ("st", "br", "m", "l") for b in "aeiou" for c in ("nd", "rt", "n", "lk")]
+    text = folder / "text"
+    text.mkdir()
+    for number in range(40):
+        sentences = (" ".join(chance.choices(words[number % 8 :: 4], k=chance.randint(3, 12))) for _ in range(20))
+        (text / f"{number:02d}.txt").write_text(". ".join(sentences))
+    tokenize_corpus([str(text)], folder / "tokens", vocab_size=300, heldout_fraction=0.1, workers=1)
+    return folder / "tokens"

@@ -113,7 +113,14 @@ def test_environment_variables_are_those_of_the_table():
         text = path.read_text(encoding="utf-8")
         used |= set(re.findall(r"(?:environ\.get\(|environ\[|getenv\()\s*[\"'](\w+)[\"']", text))
     build = {"CXX", "CXXFLAGS", "LDFLAGS"}  # every compiler's, setup.py alone
-    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    torchrun = {
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "GROUP_WORLD_SIZE",
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_RESTART_COUNT",
+    }
     of_others = {"TRITON_INTERPRET", "XDG_CACHE_HOME", *torchrun}
     assert used - build - of_others == documented
 

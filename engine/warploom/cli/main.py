@@ -16,6 +16,7 @@ VERBS = {
     "doctor": "what was built, what this machine has, and which back end each op will use and why",
     "tokenize": "train a tokenizer on text and encode the text into token shards",
     "train": "train a model on text; with --budget 10m everything else is chosen for you",
+    "launch": "run a verb in many processes, watch over them, and start again from the last checkpoint",
     "data": "curate raw text: read, clean, filter, deduplicate, redact, split, mix",
     "finetune": "go on from a trained model: instructions, preferences or text; in full, some layers, or LoRA",
     "sample": "write text with a trained model",

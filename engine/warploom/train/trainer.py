@@ -30,6 +30,7 @@ from warploom.errors import UserError
 from warploom.models.transformer import Transformer
 from warploom.nn.linear import keep_packed
 from warploom.optim import build_optimizers, lr_multiplier
+from warploom.parallel import heartbeat
 from warploom.parallel.config import process_seed
 from warploom.train import matmul_rate, run_state
 from warploom.train.allocator import keep_freed_memory
@@ -122,6 +123,7 @@ class Trainer:
         self._dtype = choose_dtype(config.train.dtype, self._device)
         self._parallelize, self._rank = parallelize, 0 if parallelize is None else parallelize.mesh.rank
         self._parallel: ParallelModel | None = None
+        self._begun: set[str] = set()
         self._checkpoint: Path | None = None  # the last that was written or taken up
         self._planned_steps = config.train.steps or math.ceil(
             (config.train.epochs or 1) * self._data.num_sequences / config.train.global_batch_size
@@ -136,11 +138,13 @@ class Trainer:
         """
         with self._run_lock(), StopSignals() as signals:
             self._signals = signals
+            heartbeat.report("set-up")
             self._set_up()
             try:
                 self._start_monitor()
                 result = self._result(*self._loop(signals))
                 if self._monitor is not None:
+                    heartbeat.report("end")
                     for warning in result.warnings:
                         self._monitor.message(warning)
                     self._monitor.finish(result)
@@ -266,6 +270,7 @@ class Trainer:
         train, progress = self.config.train, self.progress
         self._interval_s, self._interval_steps, self._interval_tokens = 0.0, 0, 0
         self._paced_since = (time.monotonic(), progress.step)
+        heartbeat.report(step=progress.step)
         while True:
             is_last = progress.step >= progress.num_steps
             if progress.step > progress.evaluated_step and (is_last or progress.step % train.eval_every == 0):
@@ -288,6 +293,11 @@ class Trainer:
             if self._deadline is not None:
                 self._keep_to(self._deadline)
 
+    def _begin(self, phase: str) -> None:
+        """Tell the launcher, if there is one. What is done for the first time may compile, and take longer."""
+        heartbeat.report(phase if phase in self._begun else f"first {phase}")
+        self._begun.add(phase)
+
     def _keep_to(self, deadline: float) -> None:
         """Move the end of the run to where the pace since the last correction, pauses included, will be at deadline."""
         progress, now = self.progress, time.monotonic()
@@ -302,6 +312,7 @@ class Trainer:
 
     def _step(self) -> None:
         train, progress = self.config.train, self.progress
+        self._begin("step")
         # Skipped steps made no update, so the schedule stands still over them.
         lr_factor = lr_multiplier(self.config.schedule, progress.step - progress.skipped_steps, progress.num_steps)
         for optimizer in self._optimizers:
@@ -325,6 +336,7 @@ class Trainer:
             rng.restore(*random_states)
             return
         step_s = time.perf_counter() - started
+        heartbeat.report(step=progress.step + 1)
 
         num_tokens = sum(batch.tokens.numel() for batch in micro_batches)
         progress.step += 1
@@ -379,6 +391,7 @@ class Trainer:
 
     def _evaluate(self, signals: StopSignals) -> None:
         """Take the held-out loss into the progress. A signal ends it without result; then a resumed run repeats it."""
+        self._begin("evaluation")
         self._module.eval()
         rows = self.progress.micro_batch_size * (1 if self._parallel is None else self._parallel.mesh.num_parts)
         result = heldout_loss(
@@ -409,6 +422,7 @@ class Trainer:
 
     def _save(self, *, is_final: bool) -> None:
         train, progress = self.config.train, self.progress
+        heartbeat.report("checkpoint")
         state = run_state.capture(
             progress, self.model, self._optimizers, self._stream, self.config, self._tokenizer, self._parallel
         )
@@ -430,6 +444,7 @@ class Trainer:
 
     def _signal(self, signals: StopSignals) -> Signals | None:
         """Return the signal that one of the processes received."""
+        heartbeat.report()
         number = self._anywhere(signals.received or 0)
         return Signals(number) if number else None
 

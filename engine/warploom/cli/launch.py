@@ -1,0 +1,25 @@
+"""`warploom launch`: a verb in many processes, watched and started again."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from warploom.errors import UserError
+from warploom.launch import LaunchConfig, launch
+
+
+@dataclass(frozen=True)
+class Command(LaunchConfig):
+    """Run a verb in several processes: `warploom launch --nproc 4 -- train --parallel.shard 4 ...`. When one dies,
+    freezes or gets stuck, all start again from the last checkpoint."""
+
+    verb: Positional[tuple[str, ...]] = ()
+    """After --: the verb, and its flags."""
+
+    def run(self) -> int:
+        if not self.verb:
+            raise UserError("there is no verb to run; give it after --, as in: warploom launch --nproc 4 -- train ...")
+        return launch(self, self.verb, [sys.executable, "-m", "warploom.cli.standby"])

@@ -1,0 +1,117 @@
+"""Runs of `warploom launch` with two gloo processes: killed, frozen, stopped, started again; and torchrun's own."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from bench.faulty_run import FaultyRun, environment
+
+from warploom.checkpoint.format import list_checkpoints
+from warploom.train.load_model import load_model
+
+STEPS = 160
+
+
+def arguments(tokens, out_dir, **settings):
+    values = {"steps": STEPS, "save-every": 10, "eval-every": 50, "eval-tokens": 300, **settings}
+    return [
+        *("train", "--data", str(tokens), "--train.out-dir", str(out_dir)),
+        *("--model.vocab-size", "300", "--model.d-model", "32", "--model.num-layers", "2", "--model.num-heads", "2"),
+        *("--model.max-seq-len", "16", "--model.dropout", "0.1", "--train.seq-len", "16", "--train.device", "cpu"),
+        *("--train.global-batch-size", "8", "--train.micro-batch-size", "4", "--train.threads", "1"),
+        *(word for name, value in values.items() for word in (f"--train.{name}", str(value))),
+    ]
+
+
+def weights(out_dir):
+    path = list_checkpoints(out_dir)[0]
+    assert path.name == f"step-{STEPS:08}"
+    return load_model(path).model.state_dict()
+
+
+def wait_for_a_new_checkpoint(out_dir):
+    before = list_checkpoints(out_dir)[:1]
+    until = time.monotonic() + 60
+    while list_checkpoints(out_dir)[:1] == before and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def struck(tmp_path_factory, tokens):
+    """A run with a process killed and one frozen, each when steps are being made."""
+    folder = tmp_path_factory.mktemp("struck")
+    strikes = [(1, signal.SIGKILL), (0, signal.SIGSTOP)]
+    with FaultyRun(folder, ["--nproc", "2"], arguments(tokens, folder / "run")) as run:
+        for event in run.follow(300):
+            if event["event"] == "stepping" and strikes:
+                wait_for_a_new_checkpoint(folder / "run")
+                run.strike(*strikes.pop(0))
+        assert not strikes, run.log
+    return run, folder / "run"
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, tokens):
+    """The same run without a fault: stopped by SIGTERM, and ended by torchrun."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with FaultyRun(folder, ["--nproc", "2"], arguments(tokens, folder / "run")) as run:
+        for event in run.follow(300):
+            if event["event"] == "stepping":
+                run.process.send_signal(signal.SIGTERM)
+    at = list_checkpoints(folder / "run")[0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*torchrun, "warploom.cli.main", *arguments(tokens, folder / "run")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return run, folder / "run", at, done
+
+
+def test_a_dead_and_a_frozen_process_are_named_and_the_run_goes_on_to_its_end(struck):
+    run, _ = struck
+    assert run.process.returncode == 0, run.log
+    dead, frozen = run.of("fault")
+    assert (dead["kind"], dead["ranks"], dead["exit_code"]) == ("dead", [1], -signal.SIGKILL)
+    assert (frozen["kind"], frozen["ranks"]) == ("frozen", [0])
+    for fault in (dead, frozen):
+        assert f"rank {fault['ranks'][0]} (process " in fault["sentence"]
+        assert " in step " in fault["sentence"] and ", phase '" in fault["sentence"]
+        assert f"warploom launch: {fault['sentence']}; restart " in run.log
+    assert [event["attempt"] for event in run.of("start")] == [0, 1, 2]
+    pids = [pid for event in run.of("start") for pid in event["pids"]]
+    assert len(set(pids)) == 6
+    # Each start went on from the last checkpoint before the fault.
+    steps = [int(step) for step in re.findall(r"Going on from step (\d+)", run.log)]
+    assert len(steps) == 2 and 0 < steps[0] < steps[1]
+
+
+def test_sigterm_saves_and_ends_with_its_own_exit_code(stopped):
+    run, _, at, _ = stopped
+    assert run.process.returncode == 128 + signal.SIGTERM, run.log
+    assert "the same command goes on from there" in run.log and str(at) in run.log
+    assert run.of("fault") == [] and len(run.of("start")) == 1  # the control of the test above
+
+
+def test_torchrun_ends_the_run_with_the_same_bits(struck, stopped):
+    _, folder, at, done = stopped
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(at.name.removeprefix("step-")) < STEPS and f"from step {int(at.name[5:])}" in done.stdout
+    expected = weights(folder)
+    assert len(expected) > 10
+    for name, tensor in weights(struck[1]).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_what_a_person_must_mend_is_said_once_and_not_tried_again(tmp_path, tokens):
+    words = [*arguments(tokens, tmp_path / "run"), "--parallel.tensor", "3"]
+    with FaultyRun(tmp_path, ["--nproc", "2", "--no-spares"], words) as run:
+        list(run.follow(120))
+    assert run.process.returncode == 2 and run.log.count("parallel tensor 3 = 3 does not divide the 2 processes") == 1
+    assert len(run.of("start")) == 1
