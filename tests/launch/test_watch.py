@@ -118,6 +118,14 @@ def test_a_process_before_its_first_pulse_is_not_frozen():
     assert "rank 0 is before its first step, phase 'start', last collective none" in found.sentence
 
 
+def test_a_process_that_takes_itself_down_is_not_frozen():
+    run = Simulated(patience_s=60.0)
+    run.go(1)
+    run.change(1, pulse=0, phase="end")
+    assert run.go(59, beats=(0,), works=()) is None
+    assert run.go(2, beats=(0,), works=())[1].kind == "stuck"
+
+
 def test_a_machine_that_slept_raises_no_alarm():
     run = Simulated()
     run.go(3)
@@ -149,4 +157,4 @@ def test_what_a_process_reports_is_read():
         assert reading.collective.startswith("broadcast xxx") and len(reading.collective) == 192
         assert file.read(0) == Reading(0, 0, None, 0, "start", "")  # the neighbour's
         report("nobody listens")
-        assert file.read(1).phase == "set-up"
+        assert (file.read(1).phase, file.read(1).pulse) == ("end", 0)

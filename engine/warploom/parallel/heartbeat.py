@@ -31,7 +31,7 @@ _NO_STEP = -1
 class Reading:
     """One process, as its slot has it."""
 
-    pulse: int  # goes up every PULSE_EVERY_S while the interpreter runs
+    pulse: int  # goes up every PULSE_EVERY_S while the interpreter runs; 0 before it began and after it ended
     reports: int  # goes up with every report and collective
     step: int | None  # steps done; None before the first report of them
     collectives: int
@@ -114,6 +114,9 @@ class _Reporter:
                 # Nobody watches or ends this process any more: it saves and goes, as if it had been asked to.
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
+        # Taking an interpreter down can take seconds, and must not look like a pulse that stopped.
+        self.report("end", None)
+        self._file.write_count(self._slot, _PULSE, 0)
 
     def _count(self) -> None:
         self._reports += 1

@@ -143,8 +143,8 @@ class Trainer:
             try:
                 self._start_monitor()
                 result = self._result(*self._loop(signals))
+                heartbeat.report("end")
                 if self._monitor is not None:
-                    heartbeat.report("end")
                     for warning in result.warnings:
                         self._monitor.message(warning)
                     self._monitor.finish(result)
