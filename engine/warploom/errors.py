@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class UserError(Exception):
@@ -17,3 +19,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(repr(word) for word in close) + "?"
     return "; known: " + ", ".join(known)
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """Import a library that only some uses need, or raise UserError naming the extra that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this needs {module.split('.')[0]}: pip install 'warploom[{extra}]' ({error})") from error

@@ -112,3 +112,11 @@ def test_a_completion_stands_between_ends_of_text(tokenizer):
     chat = encode_completion(tokenizer, "one two", " three")
     assert tokenizer.decode(chat.ids) == f"{END_OF_TEXT}one two three{END_OF_TEXT}"
     assert answers(tokenizer, chat) == f" three{END_OF_TEXT}"
+
+
+def test_a_completion_begins_as_its_tokenizer_says(tokenizer):
+    for begin in ([], [5], [5, 6]):
+        adopted = Tokenizer.adopt(tokenizer.library_json().decode(), eos_id=tokenizer.eos_id, begin_ids=begin)
+        chat = encode_completion(adopted, "ask", "say")
+        assert chat.ids == [*begin, *adopted.encode("ask"), *adopted.encode("say"), adopted.eos_id]
+        assert chat.is_answer.index(True) == len(begin) + len(adopted.encode("ask"))

@@ -15,10 +15,12 @@ class ByteCodec:
     """Token i is byte i; 256 ends a document."""
 
     eos_id = 256
-    begin_ids = (256,)
 
     def encode(self, text):
         return list(text.encode("utf-8"))
+
+    def encode_beginning(self, text):
+        return [256, *self.encode(text)]
 
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")

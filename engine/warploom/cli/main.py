@@ -21,7 +21,7 @@ VERBS = {
     "finetune": "go on from a trained model: instructions, preferences or text; in full, some layers, or LoRA",
     "sample": "write text with a trained model",
     "serve": "serve checkpoints over HTTP: OpenAI's API, and a page to try and compare them",
-    "eval": "held-out loss, perplexity and bits per byte of a checkpoint",
+    "eval": "held-out loss, perplexity and bits per byte of checkpoints, or their scores on benchmarks",
     "import": "a model of Hugging Face transformers, llama.cpp or CTranslate2 as a checkpoint",
     "export": "a checkpoint for Hugging Face transformers, llama.cpp or ONNX Runtime",
     "checkpoint": "inspect, verify or export a checkpoint: what it holds, whether it is whole, its weights elsewhere",

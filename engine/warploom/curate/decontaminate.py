@@ -6,27 +6,20 @@ format. An item shorter than an n-gram is looked for as a whole.
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
-import json
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from warploom.curate.document import Document, Step, at_most
-from warploom.curate.optional import optional
 from warploom.curate.words import gram_hashes, split_words
-from warploom.data.documents import list_files, open_stream
+from warploom.data.documents import list_files
+from warploom.data.task_files import TASK_ENDINGS, read_rows
 from warploom.errors import UserError
 
-_ENDINGS = tuple(
-    f".{kind}{packed}" for kind in ("jsonl", "json", "csv", "tar") for packed in ("", ".gz", ".xz", ".zst")
-) + (".parquet",)
 _BLOCK_CHARS = 1 << 18
 _FILTER_BITS = 26  # one look into 8 MB says no for most n-grams, before the search in the index
 
@@ -51,7 +44,8 @@ class Decontaminate(Step):
     NAME = "decontaminate"
 
     tasks: str = ""
-    """A folder with a folder or file per benchmark: .jsonl .json .csv .parquet .tar, also compressed."""
+    """A folder with a folder or file per benchmark: .jsonl .json .csv .tar, also compressed, .parquet, or
+    what `datasets` saved."""
     ngram: int = 13
     """Words in a row that must agree."""
     min_item_words: int = 8
@@ -66,7 +60,7 @@ class Decontaminate(Step):
         self._index = _index(self.tasks, self.ngram, self.min_item_words)
 
     def files(self) -> list[Path]:
-        return list_files(self.tasks, _ENDINGS)
+        return list_files(self.tasks, TASK_ENDINGS)
 
     def benchmarks(self) -> dict[str, int]:
         """Number of strings in the index, by benchmark."""
@@ -96,7 +90,7 @@ class Decontaminate(Step):
 def _index(folder: str, ngram: int, min_words: int) -> TaskIndex:
     root = Path(folder)
     by_benchmark: dict[str, list[Path]] = {}
-    for file in list_files(folder, _ENDINGS):
+    for file in list_files(folder, TASK_ENDINGS):
         inside = file.relative_to(root) if root.is_dir() else Path(file.name)
         name = inside.parts[0] if len(inside.parts) > 1 else inside.name.split(".")[0]
         by_benchmark.setdefault(name, []).append(file)
@@ -149,32 +143,8 @@ def _grams(block: str, ngram: int, min_words: int) -> Iterator[tuple[int, int, n
 
 def strings(file: Path) -> Iterator[str]:
     """Yield every string of a task file, from whatever depth of its rows."""
-    name = file.name.lower()
-    if name.endswith(".parquet"):
-        for batch in optional("pyarrow.parquet", "parquet").ParquetFile(file).iter_batches():
-            yield from _leaves(batch.to_pylist())
-        return
-    with open_stream(file) as stream:
-        if ".tar" in name:
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
-                for member in archive:
-                    inner = archive.extractfile(member) if member.isfile() else None
-                    if inner is not None:
-                        yield from _parse(io.BytesIO(inner.read()), member.name.lower())
-        else:
-            yield from _parse(stream, name)
-
-
-def _parse(stream: IO[bytes], name: str) -> Iterator[str]:
-    if ".csv" in name:
-        for row in csv.reader(line.decode("utf-8", "replace") for line in stream):
-            yield from row
-    elif ".jsonl" in name:
-        for line in stream:
-            if line.strip():
-                yield from _leaves(json.loads(line))
-    elif ".json" in name:
-        yield from _leaves(json.loads(stream.read()))
+    for _, row in read_rows(file):
+        yield from _leaves(row)
 
 
 def _leaves(value: Any) -> Iterator[str]:

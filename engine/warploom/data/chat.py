@@ -141,8 +141,8 @@ class ChatTemplate:
 
 
 def encode_completion(tokenizer: Tokenizer, prompt: str, response: str) -> EncodedChat:
-    """Return a prompt and its response as they stand, a document between <|endoftext|>; the response is the answer."""
-    before, after = [tokenizer.eos_id, *tokenizer.encode(prompt)], [*tokenizer.encode(response), tokenizer.eos_id]
+    """Return a prompt and its response as they stand, a document of its own; the answer is the response and its end."""
+    before, after = tokenizer.encode_beginning(prompt), [*tokenizer.encode(response), tokenizer.eos_id]
     return EncodedChat(before + after, [False] * len(before) + [True] * len(after))
 
 

@@ -176,6 +176,11 @@ class Tokenizer:
         """Token ids of text, without <|endoftext|>. Raises UserError for a lone surrogate, which is no text."""
         return self.encode_batch([text])[0]
 
+    def encode_beginning(self, text: str) -> list[int]:
+        """Token ids of a text that begins a document: begin_ids and those of encode. Never empty: a model that begins
+        without a token reads the end of another text before no text at all."""
+        return [*self.begin_ids, *self.encode(text)] or [self.eos_id]
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode several texts at once, in the library's own threads and outside the interpreter's lock."""
         pieces = [list(self._pieces(text)) for text in texts]

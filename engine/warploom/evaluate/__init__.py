@@ -1,1 +1,1 @@
-"""How good a trained model is: held-out loss, perplexity, bits per byte."""
+"""How good a trained model is: loss, perplexity and bits per byte of text, and benchmarks."""

@@ -75,14 +75,18 @@ def evaluate(
 def text_windows(
     tokenizer: Tokenizer, paths: Sequence[str | Path], seq_len: int, batch_size: int
 ) -> Iterator[TextWindows]:
-    """Yield every document as windows: <|endoftext|> and its tokens in, its tokens and another <|endoftext|> out."""
-    rows: list[list[int]] = []
+    """Yield every document as windows: what begins a text and its tokens in, its tokens and <|endoftext|> out.
+
+    A model whose texts begin without a token predicts the first one from the end of another text, <|endoftext|>.
+    """
+    begin = list(tokenizer.begin_ids) or [tokenizer.eos_id]
+    rows: list[tuple[list[int], int]] = []  # token ids, and how many of them are given before the first target
     num_bytes = 0
     for _, document in read_documents(list(paths)):
-        ids = [tokenizer.eos_id, *tokenizer.encode(document), tokenizer.eos_id]
+        ids = [*begin, *tokenizer.encode(document), tokenizer.eos_id]
         num_bytes += len(document.encode("utf-8"))
         for start in range(0, len(ids) - 1, seq_len):
-            rows.append(ids[start : start + seq_len + 1])
+            rows.append((ids[start : start + seq_len + 1], len(begin) if start == 0 else 1))
             if len(rows) == batch_size:
                 yield _stack(rows, num_bytes)
                 rows, num_bytes = [], 0
@@ -90,11 +94,11 @@ def text_windows(
         yield _stack(rows, num_bytes)
 
 
-def _stack(rows: list[list[int]], num_bytes: int) -> TextWindows:
-    T = max(map(len, rows)) - 1
+def _stack(rows: list[tuple[list[int], int]], num_bytes: int) -> TextWindows:
+    T = max(len(row) for row, _ in rows) - 1
     tokens = torch.zeros(len(rows), T, dtype=torch.int64)
     targets = torch.full((len(rows), T), IGNORE_INDEX)
-    for b, row in enumerate(rows):
+    for b, (row, num_given) in enumerate(rows):
         tokens[b, : len(row) - 1] = torch.tensor(row[:-1])
-        targets[b, : len(row) - 1] = torch.tensor(row[1:])
+        targets[b, num_given - 1 : len(row) - 1] = torch.tensor(row[num_given:])
     return TextWindows(tokens, targets, num_bytes)

@@ -58,3 +58,36 @@ class KeyValueCache:
         self._prompt_lengths = self._prompt_lengths[rows]
         if self._lengths is not None:
             self._lengths = self._lengths[rows]
+
+
+class PrefixCache:
+    """Implements nn.attention.AttentionCache for text that many rows have in common: read once, then gone on from.
+
+    All rows hold equally many keys, so any number of tokens can follow; rows are multiplied by fork. A pass in which
+    rows are padded on the right is the last one that is right.
+    """
+
+    def __init__(self) -> None:
+        self.cross: dict[int, tuple[Tensor, Tensor]] = {}
+        self.length = 0  # keys per row
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def num_keys(self, num_new: int) -> int:
+        return self.length + num_new
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if layer in self._layers:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self._layers[layer], (k, v), strict=True))
+        self._layers[layer] = (k, v)
+        return k, v, None
+
+    def advance(self, num_new: int) -> None:
+        """Count the tokens per row that the model has just read."""
+        self.length += num_new
+
+    def fork(self, rows: Tensor) -> PrefixCache:
+        """Return a cache of these rows (any order, repeats allowed), which goes on apart from this one."""
+        forked = PrefixCache()
+        forked.length = self.length
+        forked._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
+        return forked

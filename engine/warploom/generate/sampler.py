@@ -19,9 +19,8 @@ class TextCodec(Protocol):
 
     @property
     def eos_id(self) -> int: ...
-    @property
-    def begin_ids(self) -> Sequence[int]: ...
     def encode(self, text: str) -> list[int]: ...
+    def encode_beginning(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
@@ -34,6 +33,7 @@ def generate(
     *,
     sources: Sequence[str] | None = None,
     end_id: int | None = None,
+    numbers: Sequence[int] | None = None,
     on_text: Callable[[int, int, str], None] | None = None,
 ) -> list[list[str]]:
     """Continue each prompt num_samples times. Returns, per prompt, the continuations without the prompt.
@@ -41,18 +41,15 @@ def generate(
     Prompts may have different lengths; what a sample says does not depend on the prompts beside it, up to the rounding
     of the model's products. A sample ends at <|endoftext|>, a stop string (cut off), max_new_tokens, or when the
     model's context is full. Each prompt is read as the beginning of a document, an empty one too; one that is given as
-    token ids, a chat's for instance, is read as it stands. end_id: another token that ends a sample. For an
-    encoder-decoder, sources gives the text to encode for each prompt. on_text(prompt number, sample number, piece) is
-    called as text comes.
+    token ids, a chat's for instance, is read as it stands. end_id: another token that ends a sample. numbers: the place
+    of each prompt, which decides its random stream, where they are part of a longer list. For an encoder-decoder,
+    sources gives the text to encode for each prompt. on_text(prompt number, sample number, piece) is called as text
+    comes.
     Raises UserError for a prompt longer than the context.
     """
     sampling = SamplingConfig() if sampling is None else sampling
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    # Training documents begin with <|endoftext|>, so a prompt does too; an imported model may begin without a token.
-    encoded = [
-        ([*tokenizer.begin_ids, *tokenizer.encode(p)] or [tokenizer.eos_id]) if isinstance(p, str) else list(p)
-        for p in prompts
-    ]
+    encoded = [tokenizer.encode_beginning(p) if isinstance(p, str) else list(p) for p in prompts]
     end_ids = (tokenizer.eos_id, end_id)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= model.config.max_seq_len:
@@ -63,7 +60,8 @@ def generate(
     rows = [(p, s) for p in range(len(prompts)) for s in range(sampling.num_samples)]
     streams = [TextStream(tokenizer, sampling.stop) for _ in rows]
     source = None if sources is None else [tokenizer.encode(sources[p]) + [tokenizer.eos_id] for p, _ in rows]
-    generators = [row_generator(sampling.seed, p, s) for p, s in rows]
+    places = range(len(prompts)) if numbers is None else numbers
+    generators = [row_generator(sampling.seed, places[p], s) for p, s in rows]
     finished = [False] * len(rows)
 
     def emit(row: int, piece: str) -> None:

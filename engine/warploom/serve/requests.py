@@ -177,7 +177,7 @@ def _prompts(value: Any, tokenizer: Tokenizer) -> list[list[int]]:
     for prompt in several:
         if isinstance(prompt, str):
             try:
-                prompts.append([tokenizer.eos_id, *tokenizer.encode(prompt)])
+                prompts.append(tokenizer.encode_beginning(prompt))
             except UserError as error:
                 raise Refused(400, str(error), param="prompt") from None
         elif isinstance(prompt, list) and prompt and all(_is_id(token, tokenizer) for token in prompt):

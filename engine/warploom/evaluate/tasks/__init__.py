@@ -1,0 +1,11 @@
+"""The benchmarks, by the name that `warploom eval --tasks` takes."""
+
+from warploom.evaluate.task import Task
+from warploom.evaluate.tasks.arc import Arc
+from warploom.evaluate.tasks.hellaswag import HellaSwag
+from warploom.evaluate.tasks.mmlu import MMLU
+from warploom.evaluate.tasks.truthfulqa import TruthfulQA
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Arc("easy"), Arc("challenge"), HellaSwag(), MMLU(), TruthfulQA())
+}

@@ -1,0 +1,93 @@
+"""A trained model as benchmarks use one: text in, likelihoods or text out, in batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from warploom.data.tokenizer import Tokenizer
+from warploom.errors import UserError
+from warploom.evaluate.likelihood import Likelihood, Request, log_likelihoods
+from warploom.generate.distribution import SamplingConfig
+from warploom.generate.sampler import generate
+from warploom.models.transformer import Transformer
+from warploom.nn.linear import keep_packed
+
+
+class TextModel:
+    """A decoder with its tokenizer. max_tokens: tokens in one pass; batch_size: texts written at a time."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer | None, *, max_tokens: int = 8192, batch_size: int = 16
+    ) -> None:
+        if tokenizer is None:
+            raise UserError("the checkpoint holds no tokenizer; a benchmark is text, which it cannot read")
+        if model.config.architecture != "decoder":
+            raise UserError(f"the model is a {model.config.architecture}; benchmarks are for decoders")
+        self.model, self.tokenizer = model, tokenizer
+        self._max_tokens, self._batch_size = max_tokens, batch_size
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Likelihood]]:
+        """Yield (index of the pair, likelihood of the continuation after the context), in the order of the work."""
+        return log_likelihoods(self.model, self.encode_pairs(pairs), max_tokens=self._max_tokens)
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+        """Encode contexts and continuations together and cut the ids where the context alone ends, so that the border
+        is where it would be in running text. Spaces at the end of a context go to the continuation, for the same
+        reason. Raises UserError for a continuation without tokens."""
+        begin, pairs = list(self.tokenizer.begin_ids), list(map(_spaces_moved, pairs))
+        contexts = list(dict.fromkeys(context for context, _ in pairs))
+        heads = dict(zip(contexts, self.tokenizer.encode_batch(contexts), strict=True))
+        wholes = self.tokenizer.encode_batch([context + continuation for context, continuation in pairs])
+        requests = []
+        for (context, continuation), whole in zip(pairs, wholes, strict=True):
+            ids = whole[len(heads[context]) :]
+            if not ids:
+                raise UserError(f"the continuation {continuation!r:.60} of {context[-40:]!r} has no token of its own")
+            requests.append(Request(tuple([*begin, *heads[context]] or [self.tokenizer.eos_id]), tuple(ids)))
+        return requests
+
+    def complete(
+        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingConfig, *, end_id: int | None = None
+    ) -> Iterator[tuple[int, list[str], bool]]:
+        """Yield (index of the prompt, its continuations, whether the prompt was cut), longest prompts first.
+
+        A prompt is cut on the left to leave room for max_new_tokens, of which at most half of the context is used.
+        What is drawn depends on the seed and the prompt's index, not on the batch.
+        """
+        context = self.model.config.max_seq_len
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, max(1, context // 2)))
+        room = context - sampling.max_new_tokens
+        encoded = [self.tokenizer.encode_beginning(p) if isinstance(p, str) else list(p) for p in prompts]
+        order = sorted(range(len(prompts)), key=lambda n: -len(encoded[n]))
+        size = max(1, self._batch_size // sampling.num_samples)
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            texts = generate(
+                self.model,
+                self.tokenizer,
+                [encoded[n][-room:] for n in batch],
+                sampling,
+                end_id=end_id,
+                numbers=batch,
+            )
+            for n, samples in zip(batch, texts, strict=True):
+                yield n, samples, len(encoded[n]) > room
+
+
+def text_model(
+    model: Transformer, tokenizer: Tokenizer | None, *, dtype: torch.dtype = torch.float32, batch_size: int = 16
+) -> TextModel:
+    """Make a model that was loaded ready to be asked: its weights are packed once for all passes."""
+    model.eval()
+    model.compute_dtype = dtype
+    keep_packed(model)
+    return TextModel(model, tokenizer, batch_size=batch_size)
+
+
+def _spaces_moved(pair: tuple[str, str]) -> tuple[str, str]:
+    context, continuation = pair
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
