@@ -98,7 +98,7 @@ def test_every_flipped_bit_is_found_and_named(checkpoint, region, count):
 
 @pytest.mark.parametrize("region", ["payload", "json"])
 def test_without_the_files_checksums_the_flip_test_fails(checkpoint, region, monkeypatch):
-    monkeypatch.setattr(load, "_verify_files", lambda folder, manifest: None)
+    monkeypatch.setattr(load, "verify_files", lambda folder, manifest: None)
     assert undetected_flips(checkpoint, region, 100, seed=3) != []
 
 

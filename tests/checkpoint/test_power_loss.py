@@ -220,8 +220,8 @@ def rename_then_write(run_dir, state):
     temporary.mkdir()
     save._rename(temporary, final)
     save._write_files(final, state)
-    save._fsync_folder(final)
-    save._fsync_folder(run_dir)
+    save.fsync_folder(final)
+    save.fsync_folder(run_dir)
     return final
 
 

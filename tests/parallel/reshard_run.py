@@ -1,16 +1,16 @@
-"""One process of a check that state gathered from any layout, and given to any, is the same bits. Start with
-torch.distributed.run; argv[1] is a folder for one result file per rank."""
+"""One process of a check that what any layout saved, any other loads, the same bits. Start with torch.distributed.run;
+argv[1] is a folder for the checkpoints and one result file per rank."""
 
+import functools
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
-from warploom.checkpoint import flatten_optimizer, restore_optimizer
-from warploom.checkpoint.rng import capture
+from warploom.checkpoint import load_checkpoint
+from warploom.checkpoint.ranks import load_over_ranks, save_over_ranks
 from warploom.models.config import TransformerConfig
 from warploom.models.transformer import Transformer
 from warploom.optim import OptimizerConfig, build_optimizers
@@ -18,6 +18,8 @@ from warploom.optim.parts import local_part
 from warploom.parallel.apply import ParallelModel
 from warploom.parallel.config import ParallelConfig
 from warploom.parallel.mesh import Mesh, processes
+from warploom.train import run_state
+from warploom.train.config import RunConfig
 
 LAYOUTS = {
     "data": {"data": 4},
@@ -29,53 +31,75 @@ LAYOUTS = {
     "shard x tensor": {"shard": 2, "tensor": 2},
     "pipeline x tensor": {"pipeline": 2, "tensor": 2},
 }
-CONFIG = TransformerConfig(
-    d_model=24, num_layers=4, num_heads=6, head_dim=4, vocab_size=61, max_seq_len=16, d_ff=50, position="t5"
+CONFIG = RunConfig(
+    model=TransformerConfig(
+        d_model=24, num_layers=4, num_heads=6, head_dim=4, vocab_size=61, max_seq_len=256, d_ff=50, position="t5"
+    )
 )
 
 
-def build(layout, seed):
-    torch.manual_seed(seed)
-    mesh = Mesh(ParallelConfig(**layout).resolve(dist.get_world_size()), "cpu")
-    parallel = ParallelModel(Transformer(CONFIG), mesh, 2)
+class NoData:
+    def state_dict(self):
+        return {"position": 3}
+
+
+@functools.cache
+def mesh_of(name):
+    """One mesh for each layout: every group of processes is a thread, which all take their turn on the processor."""
+    return Mesh(ParallelConfig(**LAYOUTS[name]).resolve(dist.get_world_size()), "cpu")
+
+
+def build(layout):
+    torch.manual_seed(2)
+    mesh = mesh_of(layout)
+    parallel = ParallelModel(Transformer(CONFIG.model), mesh, 2)
     config = OptimizerConfig(name="muon")
     return parallel, build_optimizers(parallel.module, config, exchange=parallel.matrices)
 
 
-def step(parallel, optimizers):
-    """One step on gradients that are a function of the weights, so that copies stay copies."""
+def reference(shape, name, key):
+    """What a whole tensor holds: numbers that its name alone decides."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name + key)))
+    return torch.randn(shape, generator=generator)
+
+
+def parts(parallel, optimizers):
+    """Every tensor of this process, with what it must hold."""
+    for name, parameter in parallel.named:
+        part, shape = parallel.part(name), parallel.shapes[name]
+        yield name, "weights", local_part(parameter.detach()), part.of(reference(shape, name, ""))
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                whole = reference(shape if value.dim() else (), name, key)
+                yield name, key, local_part(value), part.of(whole) if value.dim() else whole
+
+
+def save(folder, layout):
+    parallel, optimizers = build(layout)
     for parameter in parallel.parameters:
-        parameter.grad = parameter.detach() * 0.1
+        parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:
         optimizer.step()
+    for _, _, tensor, expected in parts(parallel, optimizers):
+        tensor.copy_(expected)
+    torch.manual_seed(100 + dist.get_rank())
+    progress = run_state.Progress(num_steps=10, micro_batch_size=2, step=5)
+    state = run_state.capture(progress, parallel.module, optimizers, NoData(), CONFIG, None, parallel, "run")
+    return save_over_ranks(folder, state, parallel.ranks)
 
 
-def gathered(parallel, optimizers):
-    tensors, values = {}, {}
-    for optimizer in optimizers:
-        name = type(optimizer).__name__.lower()
-        here, values[name] = flatten_optimizer(optimizer, parallel.named, prefix=f"{name}/")
-        tensors |= here
-    rng, scalars = capture()
-    meta = {"optimizer": values, "rng": scalars, "config": {"train": {"seed": 0}}}
-    state = SimpleNamespace(weights={}, optimizer=tensors, meta=meta, rng=rng)
-    parallel.gather(state)
-    return state
-
-
-def everywhere(tensors):
-    """Send rank 0's tensors to all, as a checkpoint on a shared disk does."""
-    names = sorted(tensors) if dist.get_rank() == 0 else []
-    result = {}
-    said = [None]
-    if dist.get_rank() == 0:
-        said = [[(name, list(tensors[name].shape), str(tensors[name].dtype)[6:]) for name in names]]
-    dist.broadcast_object_list(said)
-    for name, shape, dtype in said[0]:
-        tensor = tensors[name].contiguous() if dist.get_rank() == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
-        dist.broadcast(tensor, 0)
-        result[name] = tensor
-    return result
+def load(path, layout):
+    """Return what differs from the references, and how much was compared."""
+    target, optimizers = build(layout)
+    found = load_over_ranks(path, target.wanted, target.ranks, on_skip=print)
+    messages = []
+    run_state.restore(*found, target.module, optimizers, CONFIG, 10, messages.append, target)
+    wrong = [message for message in messages if "Going on" not in message]
+    compared = list(parts(target, optimizers))
+    wrong += [(name, key) for name, key, tensor, expected in compared if not torch.equal(tensor, expected)]
+    if torch.initial_seed() != 100 + dist.get_rank():
+        wrong.append(f"random state of seed {torch.initial_seed()}")
+    return wrong, len(compared)
 
 
 def main():
@@ -83,42 +107,14 @@ def main():
     torch.set_num_threads(1)
     wrong, compared = [], 0
     with processes("cpu", timeout_s=120.0):
-        for saved_on, layout in LAYOUTS.items():
-            parallel, optimizers = build(layout, seed=1)
-            step(parallel, optimizers)
-            state = gathered(parallel, optimizers)
-            weights, moments, rng = (everywhere(x) for x in (state.weights, state.optimizer, state.rng))
-            values = [state.meta]
-            dist.broadcast_object_list(values)
-            for loaded_on, other in LAYOUTS.items():
-                target, target_optimizers = build(other, seed=2)
-                meta = json.loads(json.dumps(values[0]))
-                copy = SimpleNamespace(weights=weights, optimizer=dict(moments), meta=meta, rng=dict(rng))
-                messages = target.take_apart(copy)
-                for optimizer in target_optimizers:
-                    name = type(optimizer).__name__.lower()
-                    restore_optimizer(
-                        optimizer, copy.optimizer, copy.meta["optimizer"][name], target.named, prefix=f"{name}/"
-                    )
-                for name, parameter in target.named:
-                    same = torch.equal(local_part(parameter.detach()), target.part(name).of(weights[name]))
-                    compared += 1
-                    if not same:
-                        wrong.append((saved_on, loaded_on, name))
-                again = gathered(target, target_optimizers)
-                if dist.get_rank() == 0:
-                    for kind, before, after in (
-                        ("weights", weights, again.weights),
-                        ("optimizer", moments, again.optimizer),
-                    ):
-                        if before.keys() != after.keys():
-                            wrong.append((saved_on, loaded_on, kind, sorted(before.keys() ^ after.keys())[:3]))
-                        else:
-                            differing = [name for name in before if not torch.equal(before[name], after[name])]
-                            compared += len(before)
-                            wrong += [(saved_on, loaded_on, kind, name) for name in differing[:3]]
-                if messages:
-                    wrong.append((saved_on, loaded_on, messages))
+        for saved_on in LAYOUTS:
+            path = save(folder / saved_on, saved_on)
+            for name, tensor in load_checkpoint(path).weights.items():
+                wrong += [] if torch.equal(tensor, reference(tensor.shape, name, "")) else [(saved_on, "whole", name)]
+            for loaded_on in LAYOUTS:
+                differs, number = load(path, loaded_on)
+                compared += number
+                wrong += [(saved_on, loaded_on, one) for one in differs]
         (folder / f"{dist.get_rank()}.json").write_text(json.dumps({"wrong": wrong, "compared": compared}))
 
 

@@ -1,4 +1,4 @@
-"""State gathered from any of 8 layouts and given to any of 8: weights and optimizer state are the same bits."""
+"""What any of 8 layouts saved, any of 8 loads: weights, optimizer state and random states are the same bits."""
 
 import json
 import os
@@ -25,4 +25,4 @@ def test_what_one_layout_saved_another_loads_bit_for_bit(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(4):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert result["wrong"] == [] and result["compared"] > 600
+        assert result["wrong"][:5] == [] and result["compared"] > 600

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.train.toy import Log, ToyData, counting, toy_config, toy_model
 
-from warploom.checkpoint import list_checkpoints, load_checkpoint
+from warploom.checkpoint import list_checkpoints, load_checkpoint, rng
 from warploom.errors import UserError
 from warploom.train import guard
 from warploom.train.trainer import Trainer
@@ -69,6 +69,20 @@ def test_the_comparison_sees_a_random_state_that_is_not_restored(runs):
         bytes_of(forgetful / "step-00000016")["model.safetensors"]
         != bytes_of(one / "step-00000016")["model.safetensors"]
     )
+
+
+@pytest.mark.parametrize("broken", ["capture", "restore"])
+def test_a_random_state_that_does_not_come_back_is_refused(tmp_path, monkeypatch, broken):
+    config = toy_config(tmp_path, steps=2)
+    if broken == "capture":
+        with monkeypatch.context() as patch:
+            patch.setattr(rng, "digest", lambda: "that of other states")
+            fit(config)
+    else:
+        fit(config)
+        monkeypatch.setattr(rng, "restore", lambda tensors, scalars: [])
+    with pytest.raises(UserError, match="process 0 did not get back the random states that it saved"):
+        fit(toy_config(tmp_path, steps=3))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

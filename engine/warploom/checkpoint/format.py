@@ -84,12 +84,22 @@ _MAX_SHOWN = 8
 _STEP_NAME = re.compile(r"step-(\d{8,18})")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a part of a tensor belongs: the shape of the whole tensor, and where in it the part begins."""
+
+    whole: tuple[int, ...]
+    start: tuple[int, ...]
+
+
 @dataclass
 class CheckpointState:
     """Everything a run needs to go on, and a sampler needs to sample.
 
     meta is a JSON object (tuples come back as lists); its entry "config" becomes config.json, the rest state.json.
-    heldout_loss, in nats per token, is what keep-best retention ranks by; a non-finite one counts as none.
+    heldout_loss, in nats per token, is what keep-best retention ranks by; a non-finite one counts as none. run names
+    the run. places: of the weights and optimizer tensors that are parts, by name, of which tensor and where in it.
+    shapes: of all weights, whole, whatever part of them is here; set by loading.
     """
 
     step: int
@@ -99,6 +109,9 @@ class CheckpointState:
     rng: dict[str, Tensor] = field(default_factory=dict)
     tokenizer: bytes | None = None
     heldout_loss: float | None = None
+    run: str | None = None
+    places: dict[str, Place] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class CheckpointDamaged(UserError):
@@ -112,14 +125,6 @@ class CheckpointDamaged(UserError):
 
 class CheckpointTooNew(UserError):
     """A sound checkpoint of a format version that this code does not know."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a part of a tensor belongs: the shape of the whole tensor, and where in it the part begins."""
-
-    whole: tuple[int, ...]
-    start: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,11 @@ def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     return [Path(run_dir) / name for name in sorted(steps, key=lambda name: steps[name], reverse=True)]
 
 
+def identity(step: int, run: str | None) -> dict[str, str]:
+    """Return what the header of a checkpoint's tensor file says of where it belongs."""
+    return {"step": str(step), **({} if run is None else {"run": run})}
+
+
 def xxh3_128(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -241,14 +251,24 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
+def encode_files(records: dict[str, FileRecord]) -> dict[str, Any]:
+    """Return file records as JSON values, as the manifest has them."""
     files: dict[str, Any] = {}
-    for name, record in manifest.files.items():
+    for name, record in records.items():
         files[name] = {"size": record.size, "xxh3_128": record.xxh3_128}
         if record.tensors is not None:
             files[name]["tensors"] = {tensor: _tensor_entry(entry) for tensor, entry in record.tensors.items()}
+    return files
+
+
+def decode_files(files: dict[str, Any]) -> dict[str, FileRecord]:
+    """Read what encode_files gave. Raises ValueError with the reason."""
+    return {name: _file_record(name, record) for name, record in files.items()}
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
     header = {"format": FORMAT, "version": manifest.version, "step": manifest.step, "run": manifest.run}
-    return encode_json({**header, "heldout_loss": manifest.heldout_loss, "files": files})
+    return encode_json({**header, "heldout_loss": manifest.heldout_loss, "files": encode_files(manifest.files)})
 
 
 def _tensor_entry(record: TensorRecord) -> dict[str, Any]:
@@ -282,7 +302,7 @@ def parse_manifest(data: bytes) -> Manifest:
         raise ValueError(f"has the heldout_loss {loss!r}")
     if not isinstance(files, dict):
         raise ValueError("lists no files")
-    records = {name: _file_record(name, record) for name, record in files.items()}
+    records = decode_files(files)
     for required in TENSOR_KINDS:
         found = [record for name, record in records.items() if kind_of(name) == required]
         if not found or any(record.tensors is None for record in found):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from warploom.errors import UserError
@@ -36,6 +38,13 @@ def capture() -> tuple[dict[str, Tensor], dict[str, Any]]:
         },
     }
     return tensors, scalars
+
+
+def digest() -> str:
+    """Return a checksum of the states of all generators as they are now, CUDA's left out."""
+    tensors, scalars = capture()
+    numbers = {name: tensors[name].tolist() for name in ("python", "numpy", "torch.cpu")}
+    return xxhash.xxh3_128_hexdigest(json.dumps([numbers, scalars], sort_keys=True).encode())
 
 
 def restore(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> list[str]:

@@ -54,7 +54,7 @@ def save_checkpoint(run_dir: str | os.PathLike[str], state: CheckpointState) -> 
                 raise
             return _save(run_dir, state)
     except OSError as error:
-        raise SaveFailed(_explain(run_dir, state, error)) from error
+        raise SaveFailed(explain(run_dir, state, error)) from error
 
 
 def sweep(run_dir: str | os.PathLike[str]) -> None:
@@ -78,7 +78,7 @@ def make_run_folder(run_dir: Path) -> None:
         run_dir = run_dir.parent
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        _fsync_folder(folder.parent)
+        fsync_folder(folder.parent)
 
 
 def discard(checkpoint: Path) -> None:
@@ -86,7 +86,7 @@ def discard(checkpoint: Path) -> None:
     trash = checkpoint.with_name(f"{fmt.TRASH_PREFIX}{checkpoint.name.lstrip('.')}-{os.getpid()}")
     shutil.rmtree(trash, ignore_errors=True)
     _rename(checkpoint, trash)
-    _fsync_folder(checkpoint.parent)
+    fsync_folder(checkpoint.parent)
     shutil.rmtree(trash, ignore_errors=True)  # what stays is swept by the next save
 
 
@@ -105,29 +105,40 @@ def _save(run_dir: Path, state: CheckpointState) -> Path:
     sweep(run_dir)
     final = run_dir / fmt.folder_name(state.step)
     temporary = run_dir / f".tmp-{final.name}-{os.getpid()}"
-    replaced = run_dir / (fmt.REPLACED_PREFIX + final.name)
     try:
         temporary.mkdir()
         _write_files(temporary, state)
-        _fsync_folder(temporary)
-        _commit(temporary, final, replaced)
+        fsync_folder(temporary)
+        commit(temporary, final)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.exists() and not final.exists():
-            _rename(replaced, final)
+        undo(temporary, final)
         raise
     remember(final)
     return final
 
 
-def _commit(temporary: Path, final: Path, replaced: Path) -> None:
+def commit(temporary: Path, final: Path) -> None:
+    """Give a folder whose files are on the disk its final name."""
+    replaced = _replaced(final)
     if final.exists():
         # A folder cannot be renamed over another. Between these two renames the old one counts under its second name.
         _rename(final, replaced)
     _rename(temporary, final)
-    _fsync_folder(final.parent)
+    fsync_folder(final.parent)
     if replaced.exists():
         discard(replaced)
+
+
+def undo(temporary: Path, final: Path) -> None:
+    """Leave the run folder as it was before a save that failed."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    replaced = _replaced(final)
+    if replaced.exists() and not final.exists():
+        _rename(replaced, final)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(fmt.REPLACED_PREFIX + final.name)
 
 
 def _settle_replaced(replaced: Path) -> None:
@@ -137,7 +148,7 @@ def _settle_replaced(replaced: Path) -> None:
         discard(replaced)
     else:
         _rename(replaced, final)
-        _fsync_folder(final.parent)
+        fsync_folder(final.parent)
 
 
 def _writes_elsewhere(pid: int) -> bool:
@@ -154,27 +165,43 @@ def _writes_elsewhere(pid: int) -> bool:
 
 
 def _write_files(folder: Path, state: CheckpointState) -> None:
+    files = write_tensor_files(folder, state)
+    write_manifest(folder, state, files | write_common_files(folder, state))
+
+
+def write_tensor_files(folder: Path, state: CheckpointState, rank: int | None = None) -> dict[str, FileRecord]:
+    """Write and fsync the tensors of a state, under the names of process rank's own files if there are several."""
+    files = {}
+    for kind, tensors in ((fmt.WEIGHTS, state.weights), (fmt.OPTIMIZER, state.optimizer), (fmt.RNG, state.rng)):
+        name = kind if rank is None else fmt.file_of_rank(kind, rank)
+        files[name] = _write_tensors(folder / name, tensors, state)
+    return files
+
+
+def write_common_files(folder: Path, state: CheckpointState) -> dict[str, FileRecord]:
+    """Write and fsync what a checkpoint has once, however many processes write it, but for the manifest."""
     meta = dict(state.meta)
     config = meta.pop("config", {})
     files = {
-        fmt.WEIGHTS: _write_tensors(folder / fmt.WEIGHTS, state.weights),
-        fmt.OPTIMIZER: _write_tensors(folder / fmt.OPTIMIZER, state.optimizer),
-        fmt.RNG: _write_tensors(folder / fmt.RNG, state.rng),
         fmt.CONFIG: _write_file(folder / fmt.CONFIG, [fmt.encode_json(config)]),
         fmt.STATE: _write_file(folder / fmt.STATE, [fmt.encode_json({"step": state.step, "meta": meta})]),
     }
     if state.tokenizer is not None:
         files[fmt.TOKENIZER] = _write_file(folder / fmt.TOKENIZER, [state.tokenizer])
+    return files
+
+
+def write_manifest(folder: Path, state: CheckpointState, files: dict[str, FileRecord]) -> None:
+    """Write and fsync the manifest of these files, and its checksum."""
     loss = state.heldout_loss
-    manifest = fmt.encode_manifest(
-        Manifest(state.step, float(loss) if loss is not None and math.isfinite(loss) else None, files)
-    )
+    loss = float(loss) if loss is not None and math.isfinite(loss) else None
+    manifest = fmt.encode_manifest(Manifest(state.step, loss, files, state.run))
     _write_file(folder / fmt.MANIFEST, [manifest])
     _write_file(folder / fmt.MANIFEST_DIGEST, [fmt.manifest_digest_line(manifest)])
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
-    header, order = build_header(tensors)
+def _write_tensors(path: Path, tensors: dict[str, Tensor], state: CheckpointState) -> FileRecord:
+    header, order = build_header(tensors, fmt.identity(state.step, state.run))
     records: dict[str, TensorRecord] = {}
 
     def pieces() -> Iterator[bytes | memoryview]:
@@ -187,7 +214,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
                 piece = data[start : start + _PIECE_BYTES]
                 digest.update(piece)
                 yield piece
-            records[name] = TensorRecord(DTYPE_CODES[tensor.dtype], tuple(tensor.shape), digest.hexdigest())
+            records[name] = TensorRecord(
+                DTYPE_CODES[tensor.dtype], tuple(tensor.shape), digest.hexdigest(), state.places.get(name)
+            )
 
     written = _write_file(path, pieces())
     return FileRecord(written.size, written.xxh3_128, records)
@@ -209,7 +238,8 @@ def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _fsync(fd)
@@ -223,7 +253,8 @@ def _file_times(checkpoint: Path) -> tuple[tuple[str, int, int, int], ...]:
     return tuple(sorted((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
-def _explain(run_dir: Path, state: CheckpointState, error: OSError) -> str:
+def explain(run_dir: Path, state: CheckpointState, error: OSError) -> str:
+    """Say in a sentence why a save failed, what it needs and what is kept."""
     tensors = (*state.weights.values(), *state.optimizer.values(), *state.rng.values())
     needed = sum(tensor.nbytes for tensor in tensors) + len(state.tokenizer or b"")
     existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if os.path.isdir(folder))

@@ -36,6 +36,7 @@ DTYPE_CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 _ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPE_CODES.items()}
 _MAX_DIMS = 64  # torch's limit
 
@@ -54,13 +55,15 @@ class Entry:
     end: int
 
 
-def build_header(tensors: dict[str, Tensor]) -> tuple[bytes, list[str]]:
+def build_header(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> tuple[bytes, list[str]]:
     """Return the header of a safetensors file of these tensors, and the order in which their bytes must follow.
 
-    Wide dtypes come first, so that every tensor is aligned to its element.
+    metadata: what the header says beside the tensors. Wide dtypes come first, so that every tensor is aligned to its
+    element.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, end = {}, 0
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name in order:
         tensor = tensors[name]
         if tensor.dtype not in DTYPE_CODES:
@@ -78,11 +81,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_header(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
+    """Return the tensors of parse_header alone; errors as there."""
+    return parse_header(file, file_bytes)[0]
+
+
+def parse_header(file: BinaryIO, file_bytes: int) -> tuple[dict[str, Entry], dict[str, str]]:
     """Parse and check the header of an untrusted safetensors file of file_bytes bytes, opened at its start.
 
     Refuses, with a ValueError that gives the reason, whatever is not exactly one run of tensors that fills the file:
     wrong lengths, repeated names, unknown dtypes, shapes that do not match their bytes, overlaps, holes, bytes behind
-    the last tensor. Reads at most the header.
+    the last tensor. Reads at most the header. Returns the tensors and the metadata.
     """
     prefix = file.read(8)
     header_bytes = int.from_bytes(prefix, "little")
@@ -110,7 +118,7 @@ def read_header(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
         position = entry.end
     if position != file_bytes:
         raise ValueError(f"has {file_bytes} bytes, its header accounts for {position}")
-    return entries
+    return entries, metadata
 
 
 def _entry(name: str, raw: object, data_start: int) -> Entry:

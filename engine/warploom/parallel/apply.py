@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from warploom.parallel.muon import PartedMatrices
 from warploom.parallel.pipeline import Pipeline, sum_copies
 from warploom.parallel.rows import Inputs, micro_batches
 from warploom.parallel.shard import Part, apply_shard, part_at
-from warploom.parallel.state import State, all_json, gather, take_apart
+from warploom.parallel.state import Box, Ranks, State, all_json, own_share, take_up, wanted
 from warploom.parallel.tensor import Slices, TensorPlan, apply_tensor
 
 
@@ -67,6 +68,7 @@ class ParallelModel:
                 apply_shard(part, mesh, reshard=axis["fsdp"].size > 1 and self._pipeline is None)
         self.module: nn.Module = model if self._pipeline is None else nn.ModuleList(parts)
         self.named = [pair for each in models for pair in each.named_parameters() if pair[1].requires_grad]
+        self.names = frozenset(name for name, _ in self.named)
         # Along the tensor axis every process has the whole loss.
         self._counts_once = axis["tensor"].index == 0
         self.parameters = [parameter for _, parameter in self.named]
@@ -131,15 +133,16 @@ class ParallelModel:
         axis = self.mesh.axis
         return self._part_at(name, axis["tensor"].index, axis["fsdp"].index)
 
-    def holders(self, name: str) -> list[tuple[int, Part]]:
-        """Return the ranks whose parts make up the parameter, each part once, and which these are."""
+    def holders(self, name: str, replica: int = 0) -> list[tuple[int, Part]]:
+        """Return the ranks of a replica whose parts make up the parameter, each part once, and which these are."""
         axis = self.mesh.axis
         tensors = range(axis["tensor"].size if name in self._tensor.slices else 1)
         pipeline = 0
         if self._pipeline is not None:
             pipeline = self._pipeline.plan.stages_of(name)[0] % axis["pipeline"].size
+        rank_at = functools.partial(self.mesh.rank_at, pipeline=pipeline, data=replica)
         return [
-            (self.mesh.rank_at(pipeline=pipeline, data=0, fsdp=fsdp, tensor=tensor), self._part_at(name, tensor, fsdp))
+            (rank_at(fsdp=fsdp, tensor=tensor), self._part_at(name, tensor, fsdp))
             for fsdp in range(axis["fsdp"].size)
             for tensor in tensors
         ]
@@ -148,11 +151,19 @@ class ParallelModel:
         slices = self._tensor.slices.get(name)
         return part_at(self.shapes[name], slices, tensor, (fsdp, self.mesh.axis["fsdp"].size))
 
-    def gather(self, state: State) -> None:
-        gather(self, state)
+    @functools.cached_property
+    def ranks(self) -> Ranks:
+        """The processes as a checkpoint needs them. All must ask for it first at the same time."""
+        return Ranks(self)
 
-    def take_apart(self, state: State) -> list[str]:
-        return take_apart(self, state)
+    def own_share(self, state: State) -> dict[str, tuple[torch.Size, Box]]:
+        return own_share(self, state)
+
+    def wanted(self, kind: str, name: str, shape: tuple[int, ...]) -> Box | None:
+        return wanted(self, kind, name, shape)
+
+    def take_up(self, state: State) -> None:
+        take_up(self, state)
 
     def any_process(self, flag: int) -> int:
         """Return the largest flag of all processes."""

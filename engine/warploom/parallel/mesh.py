@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -52,6 +53,12 @@ class Mesh:
         self.axis = {name: _axis(grid, name) for name in DIMENSIONS}
         self.axis |= {"fsdp": _axis(weights, "fsdp"), "matrix": _axis(matrices, "matrix")}
         self.weights = weights["data", "fsdp"]
+
+    @functools.cached_property
+    def side_group(self) -> dist.ProcessGroup:
+        """All processes on the CPU, apart from the training's groups: for a thread beside it. All must ask for it first
+        at the same time."""
+        return dist.new_group(backend="gloo")
 
     @property
     def num_parts(self) -> int:

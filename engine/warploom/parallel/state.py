@@ -1,8 +1,7 @@
-"""What a checkpoint holds of a model in parts: gathered whole into the first process, and taken apart again.
+"""What a checkpoint holds of a model in parts: which process writes what of it, and which part of it each one reads.
 
-Whole tensors under their own names are one format for every layout, one process included: what was saved on one layout
-is read on another, bit for bit. One process writes, so a checkpoint is committed as that of one process is: by one
-rename, after which it is there as a whole, and before which it is not there at all.
+A checkpoint has whole tensors under their own names, in however many parts: what was saved on one layout is read on
+another, bit for bit. Replicas have the same numbers, and share out the writing of them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from warploom.optim.parts import local_part
 from warploom.parallel.config import process_seed
-from warploom.parallel.shard import Part
 
 if TYPE_CHECKING:
     from warploom.parallel.apply import ParallelModel
@@ -32,46 +30,103 @@ class State(Protocol):
     rng: dict[str, Tensor]
 
 
-def gather(parallel: ParallelModel, state: State) -> None:
-    """Turn a state with this process's part of the optimizers and its random states into that of all, on rank 0.
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where a part begins in its tensor, and its shape."""
 
-    Elsewhere the tensors are dropped. Every process must call.
+
+class Ranks:
+    """A checkpoint.ranks.Ranks: the processes of a parallel model, which all make theirs at the same time.
+
+    They speak over a group apart, so that a thread that saves does not disturb the training.
     """
-    tensors: dict[str, dict[str, Tensor]] = {"weights": {name: local_part(p) for name, p in parallel.named}}
+
+    def __init__(self, parallel: ParallelModel) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._shapes, self._group = parallel.shapes, parallel.mesh.side_group
+
+    def exchange(self, value: Any) -> list[Any]:
+        return all_json(value, self._group)
+
+    def own_meta(self, meta: dict[str, Any]) -> dict[str, Any]:
+        return {"optimizer": meta["optimizer"], "rng": meta["rng"]}
+
+    def whole_meta(self, meta: dict[str, Any], own: list[dict[str, Any]]) -> dict[str, Any]:
+        optimizers = {
+            name: _whole_values(self._shapes, [one["optimizer"][name] for one in own])
+            for name in sorted(meta["optimizer"])
+        }
+        return {**meta, "optimizer": optimizers, "rng_of_ranks": [one["rng"] for one in own]}
+
+
+def own_share(parallel: ParallelModel, state: State) -> dict[str, tuple[torch.Size, Box]]:
+    """Leave in a state, whose optimizer tensors and random states are this process's, what it is to write of them, and
+    put its weights there. Return the shape of the whole and the place in it of each tensor that is a part."""
+    rank = dist.get_rank()
+    writers = _writers(parallel)
+    mine = {name: part for name, each in writers.items() for who, part in each if who == rank}
+    numbers = {name for name, each in writers.items() if each and each[0][0] == rank}
+    places: dict[str, tuple[torch.Size, Box]] = {}
+
+    def note(path: str, name: str) -> None:
+        if mine[name].shape != tuple(parallel.shapes[name]):
+            places[path] = parallel.shapes[name], (mine[name].start, mine[name].shape)
+
+    state.weights = {}
+    for name, parameter in parallel.named:
+        # A stage may hold the same parameter twice; both are the same numbers.
+        if name in mine and name not in state.weights:
+            state.weights[name] = local_part(parameter.detach())
+            note(name, name)
+    optimizer = {}
     for path, tensor in state.optimizer.items():
-        optimizer, name, key = _split(path)
-        tensors.setdefault(f"{optimizer}/{key}", {})[name] = tensor
-    whole = gather_whole(parallel, tensors)
-    state.weights = whole.pop("weights", {})
-    state.optimizer = {}
-    for kind, parts in whole.items():
-        optimizer, key = kind.split("/")
-        state.optimizer |= {f"{optimizer}/{name}/{key}": tensor for name, tensor in parts.items()}
-    values = state.meta["optimizer"]
-    state.meta["optimizer"] = {optimizer: _whole_values(parallel, values[optimizer]) for optimizer in sorted(values)}
-    said = all_json({"tensors": {n: x.tolist() for n, x in state.rng.items()}, "scalars": state.meta["rng"]})
-    for rank, one in enumerate(said[1:], start=1):
-        for name, numbers in one["tensors"].items():
-            state.rng[f"rank{rank}/{name}"] = torch.tensor(numbers, dtype=_RNG_DTYPES.get(name, torch.uint8))
-    state.meta["rng_of_ranks"] = [one["scalars"] for one in said]
+        _, name, _ = _split(path)
+        if tensor.dim() and name in mine:
+            optimizer[path] = local_part(tensor)
+            note(path, name)
+        elif not tensor.dim() and name in numbers:  # the same on all processes
+            optimizer[path] = tensor
+    state.optimizer = optimizer
+    if rank:
+        state.rng = {f"rank{rank}/{name}": tensor for name, tensor in state.rng.items()}
+    return places
 
 
-def take_apart(parallel: ParallelModel, state: State) -> list[str]:
-    """Copy this process's parts of whole weights into its parameters, and leave in the state its part of the rest.
+def _writers(parallel: ParallelModel) -> dict[str, list[tuple[int, Any]]]:
+    """Return for each parameter the ranks that write its parts, and which these are; empty parts left out.
 
-    The weights must fit the whole model. Returns a sentence if the random states cannot be taken up, since they are
-    those of another number of processes.
+    Whole parameters go round the replicas, always to the one that has least to write.
+    """
+    numel = [0] * parallel.mesh.axis["data"].size
+    writers = {}
+    for name, shape in parallel.shapes.items():
+        replica = numel.index(min(numel))
+        numel[replica] += shape.numel()
+        writers[name] = [(rank, part) for rank, part in parallel.holders(name, replica) if 0 not in part.shape]
+    return writers
+
+
+def wanted(parallel: ParallelModel, kind: str, path: str, shape: tuple[int, ...]) -> Box | None:
+    """Return which part of a checkpoint's tensor this process needs, None for no part: a checkpoint.load.Take."""
+    rank = dist.get_rank()
+    if kind == "rng.safetensors":
+        owner = int(path.split("/")[0].removeprefix("rank")) if "/" in path else 0
+        return ((0,) * len(shape), shape) if owner in (rank, 0) else None
+    name = path if kind == "model.safetensors" else _split(path)[1]
+    if name not in parallel.names or (shape and tuple(parallel.shapes[name]) != shape):
+        return None
+    part = parallel.part(name)
+    return (part.start, part.shape) if shape or not parallel.shapes[name] else ((), ())
+
+
+def take_up(parallel: ParallelModel, state: State) -> None:
+    """Copy this process's weights into its parameters, and leave in the state what is here of the rest.
+
+    state: as loaded with wanted. A process that the checkpoint has no random states of gets those of a new run.
     """
     with torch.no_grad():
         for name, parameter in parallel.named:
-            local_part(parameter).copy_(parallel.part(name).of(state.weights[name]))
+            local_part(parameter).copy_(state.weights[name])
     own = dict(parallel.named)
-    parts = {}
-    for path, whole in state.optimizer.items():
-        _, name, _ = _split(path)
-        if name in own:
-            parts[path] = parallel.part(name).of(whole) if whole.dim() else whole
-    state.optimizer = parts
     for optimizer, values in state.meta["optimizer"].items():
         state.meta["optimizer"][optimizer] = {
             **values,
@@ -85,11 +140,11 @@ def take_apart(parallel: ParallelModel, state: State) -> list[str]:
                 if name in own
             },
         }
-    return _take_random_states(state)
+    _take_random_states(state)
 
 
-def _take_random_states(state: State) -> list[str]:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def _take_random_states(state: State) -> None:
+    rank = dist.get_rank()
     of_ranks = state.meta.get("rng_of_ranks", [state.meta["rng"]])
     if rank < len(of_ranks):
         prefix = f"rank{rank}/" if rank else ""
@@ -103,12 +158,6 @@ def _take_random_states(state: State) -> list[str]:
         state.rng["torch.cpu"] = (
             torch.Generator().manual_seed(process_seed(state.meta["config"]["train"]["seed"], rank)).get_state()
         )
-    if len(of_ranks) == world_size:
-        return []
-    return [
-        f"the checkpoint has random states of {len(of_ranks)} processes and there are {world_size} here: dropout does "
-        "not go on bit for bit"
-    ]
 
 
 def _split(path: str) -> tuple[str, str, str]:
@@ -116,80 +165,30 @@ def _split(path: str) -> tuple[str, str, str]:
     return optimizer, *rest.rsplit("/", 1)  # type: ignore[return-value]
 
 
-def _whole_values(parallel: ParallelModel, values: Mapping[str, Any]) -> dict[str, Any]:
+def _whole_values(shapes: Mapping[str, torch.Size], said: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what flatten_optimizer says of all processes' parameters together."""
-    said = all_json(values)
     parameters: dict[str, Any] = {}
-    for name, shape in parallel.shapes.items():
+    for name, shape in shapes.items():
         entry = next((one["parameters"][name] for one in said if name in one["parameters"]), None)
         if entry is not None:
             parameters[name] = {**entry, "shape": list(shape)}
     groups = said[0]["groups"]
     for index, group in enumerate(groups):
         members = {name for one in said for name in one["groups"][index]["parameters"]}
-        group["parameters"] = [name for name in parallel.shapes if name in members]
+        group["parameters"] = [name for name in shapes if name in members]
     return {**said[0], "groups": groups, "parameters": parameters}
 
 
-# What the states of rng.capture are made of; those of torch's generators are bytes.
-_RNG_DTYPES = {"python": torch.int64, "numpy": torch.int64}
-
-
-def gather_whole(parallel: ParallelModel, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Return, on rank 0, whole tensors on the CPU of the parts of all processes; empty dicts elsewhere.
-
-    tensors: kind (weights, say, or a key of an optimizer's state) -> parameter name -> this process's part, or a number
-    that is the same on all processes. One tensor at a time is on its way. Every process must call.
-    """
-    here = dist.get_rank()
-    known = {kind: {name: (_dtype_name(x), x.dim()) for name, x in parts.items()} for kind, parts in tensors.items()}
-    said = all_json(known)
-    gathered: dict[str, dict[str, Tensor]] = {}
-    for kind in sorted({kind for one in said for kind in one}):
-        gathered[kind] = {}
-        for name, shape in parallel.shapes.items():
-            holders = parallel.holders(name)
-            if name not in said[holders[0][0]].get(kind, {}):
-                continue
-            dtype_name, dims = said[holders[0][0]][kind][name]
-            if not dims:  # a number
-                holders = [(holders[0][0], Part((), ()))]
-            whole = torch.empty(shape if dims else (), dtype=getattr(torch, dtype_name)) if here == 0 else None
-            for rank, part in holders:
-                piece = tensors[kind][name].detach() if here == rank else None
-                if 0 not in part.shape:
-                    _bring(piece, rank, part, whole, parallel.mesh.device)
-            if whole is not None:
-                gathered[kind][name] = whole
-    return gathered
-
-
-def _bring(piece: Tensor | None, rank: int, part: Part, whole: Tensor | None, device: torch.device) -> None:
-    """Copy a piece that is on one process into its place in a tensor that is on rank 0."""
-    if whole is None:
-        if piece is not None:
-            dist.send(piece.to(device).contiguous(), 0)
-        return
-    if piece is None:
-        piece = torch.empty(part.shape, dtype=whole.dtype, device=device)
-        dist.recv(piece, rank)
-    part.of(whole).copy_(piece)
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def all_json(value: Any) -> list[Any]:
-    """Return what each process gives, by rank: JSON values."""
+def all_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return what each process of a group, by default all, gives, by rank: JSON values."""
     data = json.dumps(value).encode()
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    n = dist.get_world_size()
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    n = dist.get_world_size(group)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(n)]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=group)
     longest = max(int(size) for size in sizes)
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     received = [torch.empty_like(padded) for _ in range(n)]
-    dist.all_gather(received, padded)
+    dist.all_gather(received, padded, group=group)
     return [json.loads(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(received, sizes, strict=True)]

@@ -17,9 +17,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from warploom.checkpoint import environment, rng
-from warploom.checkpoint.format import CheckpointState, folder_name, list_checkpoints, step_of
-from warploom.checkpoint.load import differing_fields, find_checkpoint, load_checkpoint, load_latest, load_weights
+from warploom.checkpoint.format import (
+    CheckpointState,
+    Place,
+    encode_json,
+    folder_name,
+    list_checkpoints,
+    step_of,
+    xxh3_128,
+)
+from warploom.checkpoint.load import (
+    count_nonfinite,
+    differing_fields,
+    find_checkpoint,
+    load_checkpoint,
+    load_latest,
+    load_weights,
+    refuse_nonfinite,
+    refuse_other_shapes,
+)
 from warploom.checkpoint.optimizer import flatten_optimizer, restore_optimizer
+from warploom.checkpoint.ranks import load_over_ranks
 from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
 from warploom.models.transformer import Transformer
@@ -68,12 +86,15 @@ def capture(
     config: RunConfig,
     tokenizer: Tokenizer | None,
     parallel: ParallelModel | None = None,
+    run: str | None = None,
 ) -> CheckpointState:
     """Return the state of the run; its tensors are the model's and the optimizers' own, not copies.
 
-    With a parallel model all processes must call, and the whole state is what rank 0 gets.
+    run: the id of the run. With a parallel model it is what this process is to write.
     """
     random_tensors, random_values = rng.capture()
+    rank = 0 if parallel is None else parallel.ranks.rank
+    random_values |= {"rank": rank, "digest": rng.digest()}
     named = list(model.named_parameters()) if parallel is None else parallel.named
     optimizer_tensors: dict[str, Tensor] = {}
     optimizer_values: dict[str, Any] = {}
@@ -97,10 +118,20 @@ def capture(
         rng=random_tensors,
         tokenizer=None if tokenizer is None else tokenizer.to_bytes(),
         heldout_loss=progress.curve[-1]["heldout_loss"] if is_evaluated else None,
+        run=run,
     )
     if parallel is not None:
-        parallel.gather(state)
+        state.places = {
+            name: Place(tuple(whole), start) for name, (whole, (start, _)) in parallel.own_share(state).items()
+        }
     return state
+
+
+def run_id(config: RunConfig, stream: BatchStream) -> str:
+    """Return the id of a run that begins: what it is made from decides it, so that the same run is the same bits."""
+    values = config.to_dict()
+    values["train"] = {name: value for name, value in values["train"].items() if name not in ("out_dir", "resume")}
+    return xxh3_128(encode_json([values, stream.state_dict()]))[:16]
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -113,15 +144,27 @@ def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     load_weights(model, {**base_state(model.state_dict()), **weights} if lora_layers(model) else weights)
 
 
-def find_state(config: TrainConfig, on_message: Callable[[str], None]) -> tuple[Path, CheckpointState] | None:
-    """Load the checkpoint that config.resume names, None for a new run; refuse what would mix two runs."""
+def find_state(
+    config: TrainConfig, on_message: Callable[[str], None], parallel: ParallelModel | None = None
+) -> tuple[Path, CheckpointState] | None:
+    """Load the checkpoint that config.resume names, None for a new run; refuse what would mix two runs.
+
+    With a parallel model each process loads its part, all of the same checkpoint, and all must call.
+    """
     if config.resume == "auto":
+        if parallel is not None:
+            return load_over_ranks(config.out_dir, parallel.wanted, parallel.ranks, on_skip=on_message)
         latest = load_latest(config.out_dir, on_skip=on_message)
         return None if latest is None else (config.out_dir / folder_name(latest.step), latest)
     found = None
     if config.resume != "never":
-        path = find_checkpoint(config.resume, on_message)
-        found = path, load_checkpoint(path)
+        if parallel is None:
+            path = find_checkpoint(config.resume, on_message)
+            found = path, load_checkpoint(path)
+        else:
+            found = load_over_ranks(config.resume, parallel.wanted, parallel.ranks, on_skip=on_message)
+            if found is None:
+                raise UserError(f"{config.resume} holds no checkpoint; name a step-... folder or a run folder")
     existing = list_checkpoints(config.out_dir)
     if existing and (found is None or (step_of(existing[0].name) or 0) > found[1].step):
         raise UserError(
@@ -158,9 +201,10 @@ def restore(
     else:
         named = parallel.named
         with torch.device("meta"):
-            load_weights(Transformer(config.model), state.weights)  # refuses what does not fit the whole model
-        for message in parallel.take_apart(state):
-            on_message(message)
+            refuse_other_shapes(Transformer(config.model), state.shapes)
+        for counts in parallel.ranks.exchange(count_nonfinite(state.weights)):
+            refuse_nonfinite(counts)
+        parallel.take_up(state)
     for optimizer in optimizers:
         configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         name = _name(optimizer)
@@ -177,9 +221,29 @@ def restore(
         if not line.startswith(_OF_NO_CONSEQUENCE):
             on_message(f"Changed since then: {line}.")
     warnings = [environment.warning(state.meta["environment"]), *rng.restore(state.rng, state.meta["rng"])]
+    warnings += _check_random_states(path, state, parallel)
     for warning in filter(None, warnings):
         on_message(warning)
     return progress
+
+
+def _check_random_states(path: Path, state: CheckpointState, parallel: ParallelModel | None) -> list[str]:
+    """Raise UserError unless every process has the random states that it saved; say so where it never had any."""
+    saved = state.meta.get("rng_of_ranks", [state.meta["rng"]])
+    rank, size = (0, 1) if parallel is None else (parallel.ranks.rank, parallel.ranks.size)
+    is_right = rank >= len(saved) or saved[rank].get("digest") in (None, rng.digest())
+    everywhere = [is_right] if parallel is None else parallel.ranks.exchange(is_right)
+    if not all(everywhere):
+        raise UserError(
+            f"process {everywhere.index(False)} did not get back the random states that it saved in {path}; "
+            "go on from another checkpoint of the run"
+        )
+    if len(saved) == size:
+        return []
+    return [
+        f"the checkpoint has random states of {len(saved)} processes and there are {size} here: dropout does not go on "
+        "bit for bit"
+    ]
 
 
 def rewind(
@@ -210,7 +274,12 @@ def rewind(
         f"{bad} steps in a row were not finite, the last of them {progress.step}: taking the weights of {path.name}, "
         "and leaving out the batches since."
     )
-    state = load_checkpoint(path)
+    if parallel is None:
+        state = load_checkpoint(path)
+    else:
+        loaded = load_over_ranks(path, parallel.wanted, parallel.ranks, on_skip=on_message)
+        assert loaded is not None  # a checkpoint that is named is loaded, or an error
+        state = loaded[1]
     then = restore(path, state, model, optimizers, config, planned_steps, lambda text: None, parallel)
     # The updates since then are undone, so the schedule goes back over them; steps count batches, and go on.
     progress.skipped_steps = progress.step - (then.step - then.skipped_steps)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from warploom.checkpoint import rng
-from warploom.checkpoint.format import folder_name, list_checkpoints, step_of
+from warploom.checkpoint.format import CheckpointState, list_checkpoints, step_of
 from warploom.checkpoint.lock import RunLock
+from warploom.checkpoint.ranks import save_over_ranks
 from warploom.checkpoint.retention import apply_retention
 from warploom.checkpoint.save import SaveFailed, save_checkpoint
 from warploom.data.shards import TokenDataset
@@ -177,13 +178,14 @@ class Trainer:
             self._set_up_alone()
         else:
             self._set_up_parallel(self._parallelize)
-        found = run_state.find_state(train, self._message)
+        found = run_state.find_state(train, self._message, self._parallel)
         if found is None:
             self.progress = Progress(self._planned_steps, train.micro_batch_size or self._find_micro_batch_size())
             self._stream = self._data.train_batches(self._rows_per_read)
             random.seed(train.seed)
             numpy.random.seed(train.seed % 2**32)
             torch.manual_seed(process_seed(train.seed, self._rank))
+            self._run_id = run_state.run_id(self.config, self._stream)
         else:
             self._checkpoint, state = found
             self.progress = run_state.restore(
@@ -197,6 +199,7 @@ class Trainer:
             )
             self._stream = self._data.train_batches(self._rows_per_read)
             self._stream.load_state_dict(state.meta["loader"])
+            self._run_id = state.run or run_state.run_id(self.config, self._stream)
         self._saved = (self.progress.step, self.progress.evaluated_step)
         if self._device.type == "cpu":
             # After the search for the micro batch: it goes by how much memory the process takes from the system.
@@ -421,26 +424,35 @@ class Trainer:
             self._monitor.evaluation(record)
 
     def _save(self, *, is_final: bool) -> None:
-        train, progress = self.config.train, self.progress
+        progress = self.progress
         heartbeat.report("checkpoint")
         state = run_state.capture(
-            progress, self.model, self._optimizers, self._stream, self.config, self._tokenizer, self._parallel
+            progress,
+            self.model,
+            self._optimizers,
+            self._stream,
+            self.config,
+            self._tokenizer,
+            self._parallel,
+            self._run_id,
         )
         state.meta.update(self._extras)
-        failure: SaveFailed | None = None
         try:
-            if self._rank == 0:
-                save_checkpoint(train.out_dir, state)
-                apply_retention(train.out_dir, train.keep_last, train.keep_best)
-        except SaveFailed as error:
-            failure = error
-        if self._anywhere(int(failure is not None)):
-            if is_final:
-                raise failure or SaveFailed("rank 0 could not save the last checkpoint; it says why")
-            self._message(f"{failure} The run goes on, and the next checkpoint will be tried at its time.")
-        else:
-            self._checkpoint = train.out_dir / folder_name(progress.step)
+            self._checkpoint = self._write(state)
             self._saved = (progress.step, progress.evaluated_step)
+        except SaveFailed as failure:  # of one process, on all
+            if is_final:
+                raise
+            self._message(f"{failure} The run goes on, and the next checkpoint will be tried at its time.")
+
+    def _write(self, state: CheckpointState) -> Path:
+        train = self.config.train
+        tidy = functools.partial(apply_retention, train.out_dir, train.keep_last, train.keep_best)
+        if self._parallel is not None:
+            return save_over_ranks(train.out_dir, state, self._parallel.ranks, tidy)
+        path = save_checkpoint(train.out_dir, state)
+        tidy()
+        return path
 
     def _signal(self, signals: StopSignals) -> Signals | None:
         """Return the signal that one of the processes received."""
