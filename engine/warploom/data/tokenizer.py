@@ -59,8 +59,12 @@ class Tokenizer:
                 raise UserError(f"the tokenizer has no token {END_OF_TEXT!r}; give one that has")
             self.eos_id: int = eos_id
             self.begin_ids: tuple[int, ...] = (eos_id,)
+            self.bos_id: int | None = eos_id  # what a chat template calls bos_token
         else:
             self.eos_id, self.begin_ids = int(adopted["eos_id"]), tuple(map(int, adopted["begin_ids"]))
+            self.bos_id = adopted.get("bos_id")
+            if self.bos_id is None and self.begin_ids:
+                self.bos_id = self.begin_ids[0]
             self.chat_template = adopted["chat_template"]
         self._unit = _unit(settings)
         # GPT-2's pattern, and nothing before it.
@@ -69,12 +73,19 @@ class Tokenizer:
 
     @classmethod
     def adopt(
-        cls, document: str, *, eos_id: int, begin_ids: Sequence[int] = (), chat_template: str | None = None
+        cls,
+        document: str,
+        *,
+        eos_id: int,
+        begin_ids: Sequence[int] = (),
+        bos_id: int | None = None,
+        chat_template: str | None = None,
     ) -> Tokenizer:
         """Make the tokenizer of an imported model: document as in __init__, of any kind that the library has.
 
-        eos_id ends a text; begin_ids come before every text that the model reads. Raises UserError for a document that
-        the library cannot use and for ids that it does not know.
+        eos_id ends a text; begin_ids come before every text that the model reads; bos_id is the token that its chat
+        template may write first, by default the first of these. Raises UserError for a document that the library
+        cannot use and for ids that it does not know.
         """
         try:
             settings = json.loads(document)
@@ -82,9 +93,14 @@ class Tokenizer:
             raise UserError(f"the tokenizer file cannot be used: {error}; give a tokenizer.json") from error
         if not isinstance(settings, dict):
             raise UserError("the tokenizer file is not a JSON object; give a tokenizer.json")
-        settings[_ADOPTED] = {"eos_id": eos_id, "begin_ids": list(begin_ids), "chat_template": chat_template}
+        settings[_ADOPTED] = {
+            "eos_id": eos_id,
+            "begin_ids": list(begin_ids),
+            "bos_id": bos_id,
+            "chat_template": chat_template,
+        }
         tokenizer = cls(json.dumps(settings))
-        for token in (eos_id, *begin_ids):
+        for token in (eos_id, *begin_ids, *(() if bos_id is None else (bos_id,))):
             if tokenizer.token(token) is None:
                 raise UserError(f"the tokenizer has no token {token}, which is said to begin or end a text")
         return tokenizer

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from warploom.checkpoint.format import CheckpointState, list_checkpoints
 from warploom.checkpoint.save import save_checkpoint
+from warploom.data.chat import ChatTemplate
 from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
 from warploom.interchange import ctranslate2, gguf, hugging_face, onnx
 from warploom.interchange.tokenizer_files import find_tokenizer
 from warploom.models.transformer import Transformer
 from warploom.train.config import RunConfig, TrainConfig
-from warploom.train.load_model import load_model
+from warploom.train.load_model import CHAT_TEMPLATE, load_model
 
 Format = Literal["safetensors", "hf", "gguf", "onnx"]
 
@@ -36,6 +37,13 @@ def import_checkpoint(
     if out.is_dir() and list_checkpoints(out):
         raise UserError(f"{out} already holds {list_checkpoints(out)[0].name}; name a new folder")
     model, tokenizer = _read(source, num_heads, on_message)
+    meta: dict[str, Any] = {"imported_from": source.name}
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        try:
+            ChatTemplate(tokenizer.chat_template).end_id(tokenizer)
+            meta[CHAT_TEMPLATE] = tokenizer.chat_template
+        except UserError as error:
+            on_message(f"Its chat template is left out: {error}.")
     config = RunConfig(
         model=model.config, train=TrainConfig(out_dir=out, seq_len=min(model.config.max_seq_len, 1024), dtype="fp32")
     )
@@ -44,7 +52,7 @@ def import_checkpoint(
         CheckpointState(
             step=0,
             weights=model.state_dict(),
-            meta={"config": config.to_dict(), "imported_from": source.name},
+            meta={"config": config.to_dict(), **meta},
             tokenizer=None if tokenizer is None else tokenizer.to_bytes(),
         ),
     )
@@ -65,6 +73,8 @@ def export_checkpoint(
     """
     loaded = load_model(checkpoint)
     tokenizer = loaded.tokenizer
+    if tokenizer is not None and loaded.chat_template is not None:
+        tokenizer.chat_template = loaded.chat_template.source
     if format == "gguf":
         return gguf.export_gguf(loaded.model, out, tokenizer=tokenizer, precision=precision)
     if format == "onnx":
@@ -78,7 +88,7 @@ def export_checkpoint(
         )
     ids = {}
     if tokenizer is not None:
-        ids = {"eos": tokenizer.eos_id, "bos": tokenizer.begin_ids[0] if tokenizer.begin_ids else tokenizer.eos_id}
+        ids = {"eos": tokenizer.eos_id, "bos": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id}
         if loaded.config.model.architecture == "encoder-decoder":
             ids["decoder_start"] = ids["bos"]
     return hugging_face.export_model(
@@ -86,7 +96,7 @@ def export_checkpoint(
         out,
         family=family,
         token_ids=ids,
-        tokenizer=None if tokenizer is None else tokenizer.library_json(),
+        tokenizer=tokenizer,
     )
 
 

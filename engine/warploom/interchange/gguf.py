@@ -284,10 +284,12 @@ def _tokenizer(fields: _Fields) -> Tokenizer | None:
     if "tokenizer.ggml.eos_token_id" not in values:
         raise UserError(f"{fields.path} does not say which token ends a text")
     begins = values.get("tokenizer.ggml.add_bos_token", values["tokenizer.ggml.model"] == "llama")
+    bos_id = values.get("tokenizer.ggml.bos_token_id")
     return Tokenizer.adopt(
         vocabulary.from_gguf(values),
         eos_id=int(values["tokenizer.ggml.eos_token_id"]),
-        begin_ids=[int(values["tokenizer.ggml.bos_token_id"])] if begins else [],
+        begin_ids=[int(bos_id)] if begins and bos_id is not None else [],
+        bos_id=None if bos_id is None else int(bos_id),
         chat_template=values.get("tokenizer.chat_template"),
     )
 
@@ -307,7 +309,7 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     merges = document["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_bos_token_id(tokenizer.begin_ids[0] if tokenizer.begin_ids else tokenizer.eos_id)
+    writer.add_bos_token_id(tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id)
     writer.add_add_bos_token(bool(tokenizer.begin_ids))
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)

@@ -21,6 +21,7 @@ from torch import Tensor
 from warploom.checkpoint.format import encode_json, parse_json
 from warploom.checkpoint.load import load_weights
 from warploom.checkpoint.tensors import build_header, read_header, tensor_bytes
+from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError, nearest
 from warploom.interchange import decoders, encoders, translators
 from warploom.interchange.family import Family, Settings
@@ -96,13 +97,14 @@ def export_model(
     *,
     family: str | None = None,
     token_ids: Mapping[str, int] | None = None,
-    tokenizer: bytes | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write config.json, model.safetensors and tokenizer.json, which transformers' from_pretrained reads.
+    """Write config.json and model.safetensors, which transformers' from_pretrained reads, and for a tokenizer
+    tokenizer.json and tokenizer_config.json, with its chat template.
 
     family: a key of FAMILIES; None takes the first that can express the model. token_ids: as in ImportedModel.
-    tokenizer: the content of tokenizer.json. Returns the folder. Raises UserError if no family can express the model,
-    with the reasons, and if the folder has such files already.
+    Returns the folder. Raises UserError if no family can express the model, with the reasons, and if the folder has
+    such files already.
     """
     folder = Path(folder)
     chosen, values = choose_family(model.config, family)
@@ -125,8 +127,24 @@ def write_folder(
     write_safetensors(folder / WEIGHTS, tensors)
     (folder / CONFIG).write_bytes(encode_json(config))
     if tokenizer is not None:
-        (folder / "tokenizer.json").write_bytes(tokenizer)
+        (folder / "tokenizer.json").write_bytes(tokenizer.library_json())
+        (folder / "tokenizer_config.json").write_bytes(encode_json(_tokenizer_settings(tokenizer, model.config)))
     return folder
+
+
+def _tokenizer_settings(tokenizer: Tokenizer, config: TransformerConfig) -> dict[str, Any]:
+    """What AutoTokenizer needs beside tokenizer.json; it would else take the class that goes with the architecture."""
+    values: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.token(tokenizer.eos_id),
+        "model_max_length": config.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.bos_id is not None:
+        values["bos_token"] = tokenizer.token(tokenizer.bos_id)
+    if tokenizer.chat_template is not None:
+        values["chat_template"] = tokenizer.chat_template
+    return values
 
 
 def choose_family(config: TransformerConfig, name: str | None = None) -> tuple[Family, dict[str, Any]]:

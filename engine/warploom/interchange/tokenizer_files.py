@@ -44,6 +44,7 @@ def find_tokenizer(
         document,
         eos_id=eos_id,
         begin_ids=_begin_ids(encoder, settings, bos_id),
+        bos_id=bos_id,
         chat_template=template if isinstance(template, str) else None,
     )
 
