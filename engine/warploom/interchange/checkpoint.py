@@ -84,7 +84,7 @@ def export_checkpoint(
             Path(out),
             loaded.model.state_dict(),
             loaded.config.to_dict(),
-            None if tokenizer is None else tokenizer.to_bytes(),
+            {} if tokenizer is None else {"tokenizer.json": tokenizer.to_bytes()},
         )
     ids = {}
     if tokenizer is not None:

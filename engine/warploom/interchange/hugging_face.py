@@ -113,22 +113,25 @@ def export_model(
     values = {"model_type": chosen.model_type, "architectures": [chosen.architecture], **values}
     values |= {"tie_word_embeddings": model.config.tie_embeddings, "dtype": "float32", "torch_dtype": "float32"}
     values |= {f"{name}_token_id": value for name, value in (token_ids or {}).items()}
-    return write_folder(folder, tensors, values, tokenizer)
+    files = {}
+    if tokenizer is not None:
+        files["tokenizer.json"] = tokenizer.library_json()
+        files["tokenizer_config.json"] = encode_json(_tokenizer_settings(tokenizer, model.config))
+    return write_folder(folder, tensors, values, files)
 
 
 def write_folder(
-    folder: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], tokenizer: bytes | None = None
+    folder: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> Path:
-    """Write model.safetensors, config.json and tokenizer.json. Returns the folder; UserError if it has such files."""
+    """Write model.safetensors, config.json and files by name. Returns the folder; UserError if it has such files."""
     existing = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if existing:
         raise UserError(f"{folder} already holds {existing[0]}; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS, tensors)
     (folder / CONFIG).write_bytes(encode_json(config))
-    if tokenizer is not None:
-        (folder / "tokenizer.json").write_bytes(tokenizer.library_json())
-        (folder / "tokenizer_config.json").write_bytes(encode_json(_tokenizer_settings(tokenizer, model.config)))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     return folder
 
 
