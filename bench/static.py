@@ -33,7 +33,19 @@ from triton.compiler import ASTSource
 import warploom_kernels
 from bench.harness import print_table, write_records
 from warploom.errors import UserError, nearest
-from warploom_kernels import _launch, adamw, attention, cross_entropy, layer_norm, linear, rms_norm, rotary
+from warploom_kernels import (
+    _launch,
+    adamw,
+    attention,
+    cross_entropy,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+    linear_glu,
+    linear_qkv,
+    rms_norm,
+    rotary,
+)
 from warploom_kernels._launch import Config, Launch
 
 # Those of which a card of sm_90 must run its own matrix instructions, in every 16-bit configuration.
@@ -42,6 +54,12 @@ PRODUCT_KERNELS = {
     "attention_bwd_dq_kernel",
     "attention_bwd_dkdv_kernel",
     "linear_product_kernel",
+    "linear_glu_fwd_kernel",
+    "linear_glu_bwd_dx_kernel",
+    "linear_qkv_each_kernel",
+    "linear_qkv_bwd_dx_kernel",
+    "linear_cross_entropy_lse_kernel",
+    "linear_cross_entropy_dlogits_kernel",
 }
 # Bytes of stack that are no spills: the array in which sine and cosine reduce a large angle.
 LOCAL_ARRAY = {"rotary_kernel": 40}
@@ -188,6 +206,64 @@ def _linear_shapes() -> Iterator[Shape]:
     yield shape(8192, 768, 3072, "gelu_tanh", dtype=torch.float32)
 
 
+def _glu_shapes() -> Iterator[Shape]:
+    def shape(N: int, C: int, F: int, activation: str, dtype=torch.bfloat16, common=False) -> Shape:
+        x, weight, dy = (_empty(*s, dtype=dtype) for s in ((N, C), (F, C), (N, F)))
+
+        def call() -> None:
+            linear_glu.launch_linear_glu_fwd(x, [weight] * 2, [weight[:, 0]] * 2, [None] * 2, activation, True)
+            linear_glu.launch_linear_glu_bwd(dy, x, [weight] * 2, [None] * 2, dy, dy, activation, True, True, True)
+
+        product = 2.0 * N * C * F
+        flops = {"linear_glu_fwd_kernel": 2 * product, "linear_glu_bwd_dx_kernel": 2 * product}
+        flops["linear_product_kernel"] = product
+        name = f"gated {activation} {N}x{C}x{F}" + (" float32" if dtype == torch.float32 else "")
+        return Shape(name, call, flops, {}, common)
+
+    yield shape(8192, 768, 2048, "silu", common=True)
+    yield shape(8192, 768, 2048, "gelu_tanh")
+    yield shape(1000, 63, 65, "silu")
+    yield shape(8192, 768, 2048, "silu", dtype=torch.float32)
+
+
+def _qkv_shapes() -> Iterator[Shape]:
+    def shape(N: int, C: int, widths: tuple[int, int, int], common=False) -> Shape:
+        x, weights, biases, dys = (
+            _empty(N, C), [_empty(F, C) for F in widths], [_empty(F) for F in widths], [_empty(N, F) for F in widths]
+        )  # fmt: skip
+
+        def call() -> None:
+            linear_qkv.launch_linear_qkv_fwd(x, weights, biases, [None] * 3)
+            linear_qkv.launch_linear_qkv_bwd(x, dys, weights, [None] * 3, True, True, True)
+
+        product = 2.0 * N * C * sum(widths)
+        flops = {"linear_qkv_each_kernel": product, "linear_qkv_bwd_dx_kernel": product}
+        return Shape(f"qkv {N}x{C}x{widths[0]}", call, flops, {}, common)
+
+    yield shape(8192, 768, (768, 768, 768), common=True)
+    yield shape(8192, 2048, (2048, 512, 512))
+    yield shape(1000, 63, (65, 33, 33))
+
+
+def _loss_shapes() -> Iterator[Shape]:
+    for N, C, V, dtype in (
+        (8192, 768, 50304, torch.bfloat16),
+        (1000, 63, 301, torch.bfloat16),
+        (8192, 768, 50304, torch.float32),
+    ):
+        hidden, weight = _empty(N, C, dtype=dtype), _empty(V, C, dtype=torch.float32)
+        targets, scale, lse = _empty(N, dtype=torch.int64), *(_empty(*s, dtype=torch.float32) for s in ((), (N,)))
+
+        def call(hidden=hidden, weight=weight, targets=targets, scale=scale, lse=lse) -> None:
+            linear_cross_entropy.launch_linear_cross_entropy_fwd(hidden, weight, targets, -100, False, False)
+            arguments = (scale, hidden, weight, targets, lse, -100, True, True)
+            linear_cross_entropy.launch_linear_cross_entropy_bwd(*arguments)
+
+        flops = {"linear_cross_entropy_lse_kernel": 2.0 * N * C * V}
+        name = f"loss {N}x{C}x{V}" + (" float32" if dtype == torch.float32 else "")
+        yield Shape(name, call, flops, {}, common=C == 768 and dtype == torch.bfloat16)
+
+
 def _other_shapes() -> Iterator[Shape]:
     for D, rotary_dim in ((64, 64), (80, 32)):
         x, positions = _empty(8, 16, 2048, D), _empty(2048, dtype=torch.int64)
@@ -223,6 +299,9 @@ def all_shapes() -> Iterator[Shape]:
     yield from _norm_shapes()
     yield from _attention_shapes()
     yield from _linear_shapes()
+    yield from _glu_shapes()
+    yield from _qkv_shapes()
+    yield from _loss_shapes()
     yield from _other_shapes()
 
 

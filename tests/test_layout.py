@@ -51,7 +51,8 @@ def test_no_kernel_file_is_an_orphan():
     units = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
     assert triton <= op_files() and units <= op_files() and units <= bindings
     assert {name for name, op in REGISTRY.items() if "triton" in op.backends} == triton
-    assert {name for name, op in REGISTRY.items() if "cpu" in op.backends} == units
+    made_of_others = {"linear_glu"}  # on the CPU: two calls of linear's kernels
+    assert {name for name, op in REGISTRY.items() if "cpu" in op.backends} == units | made_of_others
 
 
 def test_no_file_has_a_name_that_says_nothing():

@@ -6,6 +6,8 @@ made on the way (an activation's derivative), bit masks, activations, and tile s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -105,6 +107,7 @@ def add_product(
     sums,  # (BLOCK_M,) float32: sums of the left operand over the depth, where SUMS
     a,  # (M, K)
     saved,  # as a, in whose place derive(a, saved) is multiplied; or None
+    other,  # as a: then it is derive(a * other, saved), of the gate of a product; or None
     mask,  # bits along the dense axis of a, whose elements count as 0 where theirs is 0; or None
     b,  # (K, N)
     tile_m,
@@ -119,6 +122,7 @@ def add_product(
     mask_stride,  # bytes
     ACTIVATION: tl.constexpr,
     MASK_AXIS: tl.constexpr,  # which axis of a its bits run along
+    GATED: tl.constexpr,  # then it is a * activate(saved), of the other factor
     SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -137,7 +141,14 @@ def add_product(
         b_tile = tl.load(b + k[:, None] * stride_bk + cols_b, mask=(k < K)[:, None] & (cols < N)[None, :], other=0.0)
         if saved is not None:
             saved_tile = tl.load(saved + rows_a + k[None, :] * stride_ak, mask=inside, other=0.0).to(tl.float32)
-            a_tile = derive(a_tile.to(tl.float32), saved_tile, ACTIVATION).to(a_tile.dtype)
+            da_tile = a_tile.to(tl.float32)
+            if GATED:
+                da_tile *= activate(saved_tile, ACTIVATION)
+            else:
+                if other is not None:
+                    da_tile *= tl.load(other + rows_a + k[None, :] * stride_ak, mask=inside, other=0.0).to(tl.float32)
+                da_tile = derive(da_tile, saved_tile, ACTIVATION)
+            a_tile = da_tile.to(a_tile.dtype)
         if mask is not None:
             if MASK_AXIS == 0:
                 place = tile_m * (BLOCK_M // 8) + tl.arange(0, BLOCK_M // 8)
@@ -157,20 +168,31 @@ def add_product(
 # For launchers.
 
 
-def tile_configs(arch: int, a: Tensor, b: Tensor, *, derived: bool, costly: bool) -> list[Config]:
-    """derived: the left operand is made in registers, which takes some. costly: so does the epilogue, or making the
-    operand takes an exponential. None spills (tests/kernels/test_compile.py)."""
-    eights = all(stride == 1 or stride % 8 == 0 for stride in (*a.stride(), *b.stride()))
+def tile_configs(
+    arch: int,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *,
+    derived: bool = False,
+    costly: bool = False,
+    gated: bool = False,
+) -> list[Config]:
+    """For products of these operands. derived: the left one is made in registers, which takes some. costly: so does
+    the epilogue, or making the operand takes an exponential; gated: and a third
+    operand. None spills (tests/kernels/test_compile.py)."""
+    eights = all(stride == 1 or stride % 8 == 0 for operand in (*a, *b) for stride in operand.stride())
     if arch == INTERPRETER:
         shapes = [(32, 32, 32, 4, 1)]
-    elif a.dtype == torch.float32:  # no tensor cores
+    elif a[0].dtype == torch.float32:  # no tensor cores
         shapes = [(32, 32, 16, 4, 1)]
     elif not eights:  # rows that begin anywhere are read element by element
         shapes = [(64, 64, 32, 8, 2)]
     elif not 90 <= arch < 120:
         shapes = [(128, 64, 32, 8, 3), (64, 64, 32, 4, 3)] if derived else [(128, 128, 32, 8, 3), (128, 64, 32, 4, 3)]
+    elif derived and costly and arch < 100:
+        shapes = [(128, 64, 64, 8, 3)]
     elif derived:
-        shapes = [(128, 64, 64, 8, 3)] if costly and arch < 100 else [(128, 128, 64, 8, 3)]
+        shapes = [(64, 128, 64, 8, 3)] if gated else [(128, 128, 64, 8, 3)]
     elif costly:
         shapes = [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4)]
     else:
@@ -184,3 +206,8 @@ def tile_configs(arch: int, a: Tensor, b: Tensor, *, derived: bool, costly: bool
 def as_rows(tensor: Tensor) -> Tensor:
     """(..., C) -> (N, C), dense."""
     return tensor.contiguous().view(-1, tensor.shape[-1])
+
+
+def rounded(weight: Tensor, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight in dtype, dense: the copy that was kept of it, if there is one."""
+    return (weight.to(dtype) if copy is None else copy).contiguous()

@@ -1,10 +1,9 @@
-"""AdamW over many tensors in one launch. The kernel finds its piece of its tensor in tables of addresses; the tables
-are kept while the addresses stay. The launcher takes the arguments of the operator warploom::adamw_step."""
+"""AdamW over many tensors in one launch, which also writes the bfloat16 copies that products read of the weights. The
+launcher takes the arguments of the operator warploom::adamw_step."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from warploom_kernels._launch import Config, launch
-
-PIECE = 4096  # elements of one program
+from warploom_kernels._tensor_lists import PIECE, tables
 
 
 @triton.jit
 def adamw_kernel(
-    addresses,  # (6, n) int64: of params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps
+    addresses,  # (7, n) int64: of params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, copies
     sizes,  # (n,) int64: elements
     pieces,  # (programs, 2) int32: which tensor, which piece of it
     n,
@@ -37,6 +35,7 @@ def adamw_kernel(
     eps,
     grad_factor,
     CLEAR: tl.constexpr,
+    COPY: tl.constexpr,  # to bfloat16, of the parameters that have an address for it
     PIECE: tl.constexpr,
 ):
     PARAM = tl.pointer_type(param.dtype.element_ty)
@@ -65,34 +64,14 @@ def adamw_kernel(
         tl.store(largest, v.to(param.dtype.element_ty), mask=inside)
     p = decay * p - (lr / correction1) * (m / (tl.sqrt(v / correction2) + eps))
     tl.store(params, p.to(param.dtype.element_ty), mask=inside)
+    if COPY:
+        copy = tl.load(addresses + 6 * n + tensor)
+        tl.store(copy.to(tl.pointer_type(tl.bfloat16)) + index, p.to(tl.bfloat16), mask=inside & (copy != 0))
     if CLEAR:
         tl.store(grads, tl.zeros((PIECE,), dtype=grad.dtype.element_ty), mask=inside)
 
 
 # Launcher.
-
-_tables: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = OrderedDict()
-
-
-def _table(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """addresses, sizes and pieces on the device; those of the last few sets of tensors are kept."""
-    sizes = [tensor.numel() for tensor in lists[0]]
-    key = (*sizes, *(tensor.data_ptr() for tensors in lists for tensor in tensors), lists[0][0].get_device())
-    if key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
-    addresses = [[tensor.data_ptr() for tensor in tensors] or [0] * len(sizes) for tensors in lists]
-    pieces = [(i, piece) for i, size in enumerate(sizes) for piece in range(triton.cdiv(size, PIECE))]
-    device = lists[0][0].device
-    table = (
-        torch.tensor(addresses, dtype=torch.int64).to(device),
-        torch.tensor(sizes, dtype=torch.int64).to(device),
-        torch.tensor(pieces, dtype=torch.int32).reshape(-1, 2).to(device),
-    )
-    _tables[key] = table
-    if len(_tables) > 16:
-        _tables.popitem(last=False)
-    return table
 
 
 def _flat(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
@@ -119,7 +98,7 @@ def launch_adamw_step(
         for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
     ]
     lists = [like, *(_flat(tensors, like) if tensors else [] for tensors in given[1:])]
-    addresses, sizes, pieces = _table([*lists, state_steps])
+    addresses, sizes, pieces = tables([*lists, state_steps, packed])
     if len(pieces):
         launch(
             adamw_kernel,
@@ -143,6 +122,7 @@ def launch_adamw_step(
                 "eps": eps,
                 "grad_factor": -grad_factor if maximize else grad_factor,
                 "CLEAR": clear_grads,
+                "COPY": any(copy.numel() for copy in packed),
             },
             [Config({"PIECE": PIECE}, num_warps=8)],
         )

@@ -22,6 +22,7 @@ from warploom_kernels._products import (
     as_rows,
     pack_bits,
     place_of_tile,
+    rounded,
     tile_configs,
 )
 
@@ -30,6 +31,7 @@ from warploom_kernels._products import (
 def linear_product_kernel(
     a,  # (M, K) by its strides
     saved,  # as a, in whose place derive(a, saved) is multiplied; or None
+    other,  # see add_product
     mask,  # bits of the elements of a that count; or None
     b,  # (K, N) by its strides
     bias,  # (N,) or None
@@ -37,6 +39,7 @@ def linear_product_kernel(
     h,  # (M, N), dense: product + bias; or None
     positive,  # (M, positive_stride) uint8: bits of where product + bias is; or None
     row_sums,  # (M,): sums of the left operand over K, by whoever owns the first columns; or None
+    factor,  # () float32: the product's; or None
     M,
     N,
     K,
@@ -48,6 +51,7 @@ def linear_product_kernel(
     positive_stride,
     ACTIVATION: tl.constexpr,
     MASK_AXIS: tl.constexpr,  # the axis of a that the bits of mask run along
+    GATED: tl.constexpr,
     ADD: tl.constexpr,  # to what y holds
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -60,11 +64,13 @@ def linear_product_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
         acc, sums = add_product(
-            acc, sums, a, saved, mask, b, tile_m, tile_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
-            mask_stride, ACTIVATION, MASK_AXIS, row_sums is not None, BLOCK_M, BLOCK_N, BLOCK_K,
+            acc, sums, a, saved, other, mask, b, tile_m, tile_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+            mask_stride, ACTIVATION, MASK_AXIS, GATED, row_sums is not None, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if factor is not None:
+            acc *= tl.load(factor)
         if bias is not None:
             acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         place = rows.to(tl.int64)[:, None] * N + cols[None, :]
@@ -97,12 +103,15 @@ def launch_product(
     activation: str = "none",
     *,
     saved: Tensor | None = None,
+    other: Tensor | None = None,
+    gated: bool = False,
     mask: Tensor | None = None,
     mask_axis: int = 1,
     bias: Tensor | None = None,
     h: Tensor | None = None,
     positive: Tensor | None = None,
     row_sums: Tensor | None = None,
+    factor: Tensor | None = None,
     add: bool = False,
 ) -> None:
     """Run the kernel; its arguments are explained there."""
@@ -112,13 +121,16 @@ def launch_product(
     programs = num_multiprocessors(a.device)
     derived = saved is not None or mask is not None
     costly = activation in ("gelu_tanh", "silu") or (activation == "relu2" and not derived)
-    kind = ("d" if derived else "") + activation + (" bits" if mask is not None or positive is not None else "")
+    is_gated = gated or other is not None
+    kind = ("gated " if is_gated else "") + ("d" if derived else "") + activation
+    kind += " bits" if mask is not None or positive is not None else ""
     launch(
         linear_product_kernel,
         lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"])),),
         {
             "a": a,
             "saved": saved,
+            "other": other,
             "mask": mask,
             "b": b,
             "bias": bias,
@@ -126,6 +138,7 @@ def launch_product(
             "h": h,
             "positive": positive,
             "row_sums": row_sums,
+            "factor": factor,
             "M": M,
             "N": N,
             "K": K,
@@ -137,9 +150,10 @@ def launch_product(
             "positive_stride": 0 if positive is None else positive.shape[-1],
             "ACTIVATION": ACTIVATIONS[activation].value,
             "MASK_AXIS": mask_axis,
+            "GATED": gated,
             "ADD": add,
         },
-        tile_configs(architecture(a.device), a, b, derived=derived, costly=costly),
+        tile_configs(architecture(a.device), [a], [b], derived=derived, costly=costly, gated=is_gated),
         f"{a.dtype} {kind} {power_of_2_key(M, N, K)}",
     )
 
@@ -156,7 +170,7 @@ def launch_linear_fwd(
     elif need_saved and activation != "none":
         saved = h = torch.empty_like(y)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    launch_product(as_rows(x), weight.to(x.dtype).mT, y, activation, bias=bias, h=h, positive=positive)
+    launch_product(as_rows(x), rounded(weight, panels, x.dtype).mT, y, activation, bias=bias, h=h, positive=positive)
     return y, saved
 
 
@@ -171,7 +185,7 @@ def launch_linear_bwd(
     mask = saved.contiguous() if activation == "relu" else None
     saved_rows = None if activation in ("none", "relu") else as_rows(saved)
     if need_dx:
-        launch_product(dy_rows, weight.to(x.dtype), dx, activation, saved=saved_rows, mask=mask)
+        launch_product(dy_rows, rounded(weight, panels, x.dtype), dx, activation, saved=saved_rows, mask=mask)
     if need_dweight:
         launch_product(
             dy_rows.mT,

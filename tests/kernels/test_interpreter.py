@@ -26,8 +26,12 @@ QUICK = {
     "attention": "(float32 and (tiny or no_ or rows_that)) or (-float16 and (packed_cross_bias or decode))",
     "adamw": "first_step or amsgrad or clipped",
     "cross_entropy": "float32 and (tiny or all_ignored or 33x257 or in_place)",
+    "grad_norm": "ragged or nothing or large",
     "layer_norm": "float16",
     "linear": "float32 and (tiny or one_row or 7x63 or 33x128)",
+    "linear_cross_entropy": "float32 and (tiny or one_class or all_ignored or batched)",
+    "linear_glu": "float32 and (tiny or one_row or ragged)",
+    "linear_qkv": "float32 and (tiny or one_row or grouped or no_rows)",
     "rms_norm": "float16",
     "rotary": "float32",
 }
@@ -90,8 +94,16 @@ except Refuted as refuted:
     assert done.returncode == 0 and "caught: output 1" in done.stdout, done.stdout + done.stderr
 
 
+def run_code(code):
+    """What a program with the interpreter on prints."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_relu_masks_are_those_of_the_reference():
-    code = """
+    said = run_code("""
 import torch
 from warploom.ops import backend
 x, weight = torch.randn(37, 40), torch.randn(300, 40)
@@ -100,10 +112,25 @@ for name in ("reference", "triton"):
     with backend(name):
         masks.append(torch.ops.warploom.linear_fwd(x, weight, None, None, "relu", True)[1][:, :300 // 8])
 print("equal" if torch.equal(*masks) and masks[0].any() else masks)
-"""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stdout == "equal\n", done.stdout + done.stderr
+""")
+    assert said == "equal\n"
+
+
+def test_adamw_writes_the_copies_of_the_new_weights():
+    said = run_code("""
+import torch
+from warploom.ops import adamw, backend
+params = [torch.randn(70, 90), torch.randn(5), torch.randn(4100)]
+copies = [torch.zeros(70, 90, dtype=torch.bfloat16), torch.empty(0, dtype=torch.uint8), torch.zeros(4100).bfloat16()]
+lists = [[torch.rand_like(p) for p in params] for _ in range(3)]
+before = [p.clone() for p in params]
+with backend(adamw="triton"):
+    adamw(params, *lists, [], [torch.ones(()) for _ in params], packed=copies,
+          lr=0.1, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8)
+print([torch.equal(c, p.bfloat16()) and not torch.equal(p, b)
+       for c, p, b in zip(copies, params, before) if c.numel()])
+""")
+    assert said == "[True, True]\n"
 
 
 def test_bfloat16_products_are_refused_in_words():

@@ -74,3 +74,33 @@ def test_a_changed_weight_is_packed_anew(change):
     layer.packed = None
     assert torch.equal(after, layer(x))
     assert not torch.equal(after, before)
+
+
+def test_for_a_gpu_it_is_a_copy_that_the_step_writes():
+    """The rule of a GPU, which forcing the Triton kernels brings to the CPU."""
+    from warploom.ops import backend
+
+    torch.manual_seed(0)
+    layer = Linear(40, 50)
+    optimizer = AdamW(layer.parameters(), lr=0.1)
+    packed = keep_packed(layer)
+    optimizer.pack_into(packed)
+
+    def copy():
+        with backend(linear="triton"):
+            return layer.packed.panels(layer.weight, torch.bfloat16)
+
+    first = copy()
+    assert torch.equal(first, layer.weight.bfloat16())
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with backend(adamw="reference"):
+        optimizer.step()
+    memory = layer.packed.memory_for(layer.weight)
+    assert memory is first and torch.equal(memory, layer.weight.bfloat16())
+    memory.zero_()  # if the next use made it again, this would be overwritten
+    assert not copy().any()
+    change_in_place(layer.weight)
+    assert torch.equal(copy(), layer.weight.bfloat16())
+    with backend(linear="triton"):
+        assert layer.packed.panels(layer.weight, torch.float32) is None

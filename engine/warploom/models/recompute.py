@@ -25,7 +25,7 @@ NOTHING: Kept = frozenset()
 # rotations, dropout, is cheap to run again.
 PRODUCTS: Kept = frozenset(
     (
-        *("warploom::linear_fwd", "warploom::linear_qkv_fwd", "warploom::attention_fwd"),
+        *("warploom::linear_fwd", "warploom::linear_glu_fwd", "warploom::linear_qkv_fwd", "warploom::attention_fwd"),
         *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     )
 )

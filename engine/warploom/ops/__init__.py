@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot see what the loop below exp
     from warploom.ops.layer_norm import layer_norm as layer_norm
     from warploom.ops.linear import linear as linear
     from warploom.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from warploom.ops.linear_glu import linear_glu as linear_glu
     from warploom.ops.linear_qkv import linear_qkv as linear_qkv
     from warploom.ops.rms_norm import rms_norm as rms_norm
     from warploom.ops.rotary import rotary as rotary

@@ -49,7 +49,8 @@ def adamw(
     serves in its place under the root (AMSGrad). state_steps: one float32 or float64 number each, on the CPU for back
     end cpu. The arithmetic is float32 at least. clear_grads writes zeros into grads, which otherwise stay as they are:
     grad_factor never reaches them. packed is empty, or holds for each parameter the memory of its PackedWeight for
-    bfloat16 activations, which receives the new values in the same pass, or an empty tensor. Raises ValueError for a
+    bfloat16 activations, panels of the CPU's products or a plain copy, which receives the new values in the same pass,
+    or an empty tensor. Raises ValueError for a
     wrong length or shape, TypeError for a wrong dtype.
     """
     if not params:
@@ -166,7 +167,7 @@ def _reference_step(
 ):
     _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
     torch._foreach_add_(state_steps, 1)
-    steps = [step.item() for step in state_steps]
+    steps = torch.stack([step.reshape(()).double() for step in state_steps]).tolist()  # of a GPU in one transfer
     wide = torch.promote_types(params[0].dtype, torch.float32)
     narrow = (*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs)
     # What is wide already is itself here, and changed in place.
@@ -188,7 +189,9 @@ def _reference_step(
     if clear_grads:
         torch._foreach_zero_(grads)
     for param, panels in zip(params, packed, strict=False):
-        if panels.numel():
+        if panels.dtype == torch.bfloat16:
+            panels.copy_(param)
+        elif panels.numel():
             torch.ops.warploom_cpu.linear_pack(param, torch.bfloat16, panels)
 
 
@@ -196,7 +199,7 @@ def _triton_refuses(
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, packed, *_settings
 ) -> str | None:
     _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-    if any(panels.numel() for panels in packed):
+    if any(panels.dtype != torch.bfloat16 and panels.numel() for panels in packed):
         return "it does not write the panels of the CPU's products"
     if any(step.device != params[0].device for step in state_steps):
         return f"state_steps must be on {params[0].device} as params are"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from warploom.ops import _extension
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 
@@ -36,15 +36,24 @@ def _norm_dtype(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def _reference_fwd(grads):
+def _check(grads):
     dtype = grads[0].dtype
     if not dtype.is_floating_point:
         raise TypeError(f"grads must be floating point, got {dtype}")
     for i, grad in enumerate(grads):
         if grad.dtype != dtype:
             raise TypeError(f"grads[{i}] must be {dtype} as grads[0] is, got {grad.dtype}")
+
+
+def _reference_fwd(grads):
+    _check(grads)
     norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float64))
-    return torch.linalg.vector_norm(norms).to(_norm_dtype(dtype))
+    return torch.linalg.vector_norm(norms).to(_norm_dtype(grads[0].dtype))
+
+
+def _triton_refuses(grads):
+    _check(grads)
+    return _triton.refuses_tensor(grads[0])
 
 
 def _fake_fwd(grads):
@@ -81,6 +90,12 @@ OP = Op(
             kernels={"fwd": _extension.cpu_kernel("grad_norm_fwd")},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("grad_norm_fwd"),
+        ),
+        "triton": Backend(
+            kernels={"fwd": _triton.launcher("grad_norm", "launch_grad_norm_fwd")},
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={"fwd": _triton_refuses},
         ),
     },
     cases=(

@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 # (dy, saved) -> dh; what is saved is y or a bit mask for "relu" and h for the others.
-_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda dy, _: dy,
     "relu": lambda dy, saved: torch.where(_positive(saved, dy.shape[-1]), dy, 0.0),
     "relu2": lambda dy, h: 2 * dy * torch.relu(h),
@@ -90,6 +90,9 @@ class PackedWeight:
     torch's fused optimizers, and writes through `.data`, change a tensor without counting. Writing to a part of the
     weight in such a way goes unseen. Takes as much memory as the weight in the activations' dtype, twice, since the
     forward and the backward read it in different orders. Where no kernel packs (dtype, device, back end) it is idle.
+
+    On a GPU it is a copy of the weight in the activations' dtype, once, and a change is seen by the version counter
+    alone, since comparing values would wait for the device: step such weights with warploom.optim.
     """
 
     _SAMPLED = 32  # elements
@@ -103,6 +106,8 @@ class PackedWeight:
 
     def panels(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Return the panels of the weight as it is now, for activations of this dtype; None where none are read."""
+        if weight.device.type == "cuda" or OP.forced() == "triton":
+            return self._copy(weight, dtype)
         if OP.choice(weight.device.type) != "cpu" or (OP.forced() or "cpu") != "cpu" or not _packs(dtype):
             return None
         panels = self._allocated(weight, dtype)
@@ -112,6 +117,17 @@ class PackedWeight:
             self.now_hold(weight)
         return panels
 
+    def _copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        if weight.dtype == dtype:
+            return None
+        if self._panels is None or self._of is None or self._of() is not weight or self._dtype != dtype:
+            self._panels = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+            self._of, self._dtype, self._version, self._sample = weakref.ref(weight), dtype, -1, None
+        if weight._version != self._version:
+            self._panels.copy_(weight.detach())
+            self._version = weight._version
+        return self._panels
+
     def memory_for(self, weight: Tensor) -> Tensor | None:
         """Return the memory of the panels for bfloat16 activations, for who is about to change the weight and writes
         them too, and then says now_hold(weight); None where no panels are in use."""
@@ -120,7 +136,9 @@ class PackedWeight:
 
     def now_hold(self, weight: Tensor) -> None:
         """Take the panels for those of the weight as it is now."""
-        self._version, self._sample = weight._version, self._sampled(weight).clone()
+        self._version = weight._version
+        if weight.device.type != "cuda":
+            self._sample = self._sampled(weight).clone()
 
     def _sampled(self, weight: Tensor) -> Tensor:
         return weight.detach().reshape(-1)[:: max(1, weight.numel() // self._SAMPLED)]
@@ -168,6 +186,11 @@ def linear_reference(x, weight, bias=None, activation="none", packed=None):
     return ACTIVATIONS[activation](h)
 
 
+def rounded(weight: Tensor, panels: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight in dtype: what PackedWeight kept of it, if that is a copy."""
+    return panels if panels is not None and panels.dtype == dtype else weight.to(dtype)
+
+
 def _mask_bytes(width: int) -> int:
     """Of a row of a bit mask: a multiple of 16, as cuBLASLt wants its auxiliary masks too."""
     return (width + 127) // 128 * 16
@@ -189,7 +212,7 @@ def _positive(saved: Tensor, width: int) -> Tensor:
 
 
 def _reference_fwd(x, weight, bias, panels, activation, need_saved):
-    h = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    h = F.linear(x, rounded(weight, panels, x.dtype), None if bias is None else bias.to(x.dtype))
     if activation == "relu":
         y = h.relu_()
         return y, _pack_positive(y) if need_saved else x.new_empty(0)
@@ -199,9 +222,9 @@ def _reference_fwd(x, weight, bias, panels, activation, need_saved):
 
 
 def _reference_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweight, need_dbias):
-    dh = _DERIVATIVES[activation](dy, saved)
+    dh = DERIVATIVES[activation](dy, saved)
     rows = torch.atleast_2d(dh).flatten(0, -2)  # (N, F)
-    dx = dh @ weight.to(dh.dtype) if need_dx else x.new_empty(0)
+    dx = dh @ rounded(weight, panels, dh.dtype) if need_dx else x.new_empty(0)
     dweight = weight.new_empty(0)
     if need_dweight:
         dweight = (rows.mT @ torch.atleast_2d(x).flatten(0, -2)).to(weight.dtype)
@@ -237,7 +260,7 @@ def is_left_to_torch(x: Tensor, activation: str) -> str | None:
     return None
 
 
-def _left_to_cublas(x: Tensor, activation: str) -> str | None:
+def left_to_cublas(x: Tensor, activation: str) -> str | None:
     """Why the Triton kernels leave a call to torch's products, None if they do not: without tensor cores, or with
     nothing to fuse but the bias, which cuBLAS adds too."""
     if x.dtype == torch.float32:
@@ -325,8 +348,8 @@ OP = Op(
                 ),
             },
             slower={
-                "fwd": lambda x, weight, bias, panels, activation, need_saved: _left_to_cublas(x, activation),
-                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: _left_to_cublas(x, activation),
+                "fwd": lambda x, weight, bias, panels, activation, need_saved: left_to_cublas(x, activation),
+                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: left_to_cublas(x, activation),
             },
         ),
     },

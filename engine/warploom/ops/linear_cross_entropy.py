@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from warploom.ops import _extension
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 # Rows of logits held at a time: as many as make CHUNK_ELEMENTS (16 MiB of float32), but at least CHUNK_ROWS. Each chunk
@@ -87,7 +87,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, mean, need_dhidden, need_dweight):
-        ctx.recompute = hidden.dtype in (torch.bfloat16, torch.float16) or OP.forced() == "cpu"
+        ctx.recompute = hidden.dtype in (torch.bfloat16, torch.float16) or OP.forced() in ("cpu", "triton")
         needs = (need_dhidden, need_dweight)
         loss, count, lse, dhidden, dweight = torch.ops.warploom.linear_cross_entropy_fwd.default(
             hidden, weight, targets, ignore_index, *((False, False) if ctx.recompute else needs)
@@ -233,10 +233,14 @@ def _fake_gradients(hidden, weight, need_dhidden, need_dweight):
     return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
 
 
-def _cpu_refuses(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
+def _refuses_early_gradients(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
     if need_dhidden or need_dweight:
         return "its gradients are made in the backward pass, and the call wants them in the forward pass"
     return None
+
+
+def _float32_left_to_cublas(hidden):
+    return "cuBLAS is faster in float32" if hidden.dtype == torch.float32 else None
 
 
 def _case(*leading, C, V, reduction="mean", ignored=(), spread=1.0):
@@ -286,7 +290,22 @@ OP = Op(
             kernels={s: _extension.cpu_kernel(f"linear_cross_entropy_{s}") for s in ("fwd", "bwd")},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
-            refuses={"fwd": _cpu_refuses},
+            refuses={"fwd": _refuses_early_gradients},
+        ),
+        "triton": Backend(
+            kernels={
+                s: _triton.launcher("linear_cross_entropy", f"launch_linear_cross_entropy_{s}") for s in ("fwd", "bwd")
+            },
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={
+                "fwd": lambda hidden, *rest: _triton.refuses_product(hidden) or _refuses_early_gradients(hidden, *rest),
+                "bwd": lambda scale, hidden, *_: _triton.refuses_product(hidden),
+            },
+            slower={
+                "fwd": lambda hidden, *_: _float32_left_to_cublas(hidden),
+                "bwd": lambda scale, hidden, *_: _float32_left_to_cublas(hidden),
+            },
         ),
     },
     cases=(

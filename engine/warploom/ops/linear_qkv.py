@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from warploom.ops import _extension
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
-from warploom.ops.linear import PackedWeight, check_parameters, is_left_to_torch
+from warploom.ops.linear import PackedWeight, check_parameters, is_left_to_torch, left_to_cublas, rounded
 
 
 def linear_qkv(
@@ -74,6 +74,7 @@ def linear_qkv_reference(
 
 
 def _reference_fwd(x, weights, biases, panels):
+    weights = [rounded(w, p, x.dtype) for w, p in zip(weights, panels, strict=True)]
     return list(linear_qkv_reference(x, *weights, *biases))
 
 
@@ -81,9 +82,10 @@ def _reference_bwd(x, dys, weights, panels, need_dx, need_dweight, need_dbias):
     rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     dx = x.new_empty(0)
     if need_dx:
-        dx = rows[0] @ weights[0].to(x.dtype)
-        for dy, weight in zip(rows[1:], weights[1:], strict=True):
-            dx.addmm_(dy, weight.to(x.dtype))
+        narrow = [rounded(w, p, x.dtype) for w, p in zip(weights, panels, strict=True)]
+        dx = rows[0] @ narrow[0]
+        for dy, weight in zip(rows[1:], narrow[1:], strict=True):
+            dx.addmm_(dy, weight)
         dx = dx.view(x.shape)
     x_rows = x.reshape(-1, x.shape[-1])
     dweights = [(dy.mT @ x_rows).to(w.dtype) for dy, w in zip(rows, weights, strict=True)] if need_dweight else []
@@ -153,6 +155,13 @@ OP = Op(
             devices=("cpu",),
             missing=lambda: _extension.why_missing("linear_qkv_fwd", "linear_qkv_bwd", "linear_pack"),
             slower={s: lambda x, *_: is_left_to_torch(x, "none") for s in ("fwd", "bwd")},
+        ),
+        "triton": Backend(
+            kernels={s: _triton.launcher("linear_qkv", f"launch_linear_qkv_{s}") for s in ("fwd", "bwd")},
+            devices=("cuda", "cpu"),
+            missing=_triton.missing,
+            refuses={s: lambda x, *_: _triton.refuses_product(x) for s in ("fwd", "bwd")},
+            slower={s: lambda x, *_: left_to_cublas(x, "none") for s in ("fwd", "bwd")},
         ),
     },
     cases=(

@@ -126,6 +126,8 @@ class AdamW(torch.optim.AdamW):
             state = self.state[param]
             if not state:
                 self._start(state, param, group)
+            elif param.is_cuda and not state["step"].is_cuda:  # loaded from where it was counted on the CPU
+                state["step"] = state["step"].to(param.device)
             params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = found[param.device, param.dtype, grad.dtype]
             params.append(local_part(param))
             grads.append(local_part(grad))
@@ -138,8 +140,8 @@ class AdamW(torch.optim.AdamW):
 
     @staticmethod
     def _start(state: dict[str, Tensor], param: Tensor, group: dict[str, Any]) -> None:
-        # As torch does: counted on the CPU unless the step itself runs on the device.
-        device = param.device if group["capturable"] else "cpu"
+        # Counted where it is read: on a GPU one kernel makes the step of all parameters.
+        device = param.device if group["capturable"] or param.is_cuda else "cpu"
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(local_part(param), memory_format=torch.preserve_format)
