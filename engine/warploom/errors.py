@@ -1,4 +1,5 @@
-"""UserError: what a person can mend. Raised by configuration, files and commands; shown in one line, exit code 2."""
+"""UserError: what a person can mend. Raised by configuration, files and commands; shown in one line, exit code 2. And
+what goes wrong between the processes of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +11,14 @@ from types import ModuleType
 
 class UserError(Exception):
     """One clear sentence: what is wrong, the offending value, the way out."""
+
+
+class ProcessLost(Exception):
+    """Another process of the run is gone; this one is well, and can only end too. Exit code 75: try again."""
+
+
+class CollectiveMismatch(Exception):
+    """Processes of a run came to different collectives: an error in the program that runs on them."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,10 +1,12 @@
 """Runs of `warploom launch` with two gloo processes: killed, frozen, stopped, started again; and torchrun's own."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,7 +84,8 @@ def test_a_dead_and_a_frozen_process_are_named_and_the_run_goes_on_to_its_end(st
     assert (frozen["kind"], frozen["ranks"]) == ("frozen", [0])
     for fault in (dead, frozen):
         assert f"rank {fault['ranks'][0]} (process " in fault["sentence"]
-        assert " in step " in fault["sentence"] and ", phase '" in fault["sentence"]
+        last = r"last collective \w+ (SUM|MAX) \w+ \(\d*,?\) \(number \d+\)"
+        assert re.search(rf" in step \d+, phase '[a-z :]+', {last}$", fault["sentence"]), fault["sentence"]
         assert f"warploom launch: {fault['sentence']}; restart " in run.log
     assert [event["attempt"] for event in run.of("start")] == [0, 1, 2]
     pids = [pid for event in run.of("start") for pid in event["pids"]]
@@ -115,3 +118,24 @@ def test_what_a_person_must_mend_is_said_once_and_not_tried_again(tmp_path, toke
         list(run.follow(120))
     assert run.process.returncode == 2 and run.log.count("parallel tensor 3 = 3 does not divide the 2 processes") == 1
     assert len(run.of("start")) == 1
+
+
+def test_a_deadlock_and_a_call_that_holds_the_interpreter_are_named_with_their_stacks(tmp_path):
+    events = tmp_path / "events.jsonl"
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("hanging_run.py")), "launch", str(events)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    faults = [event for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "fault"]
+    assert [(fault["kind"], fault["ranks"]) for fault in faults] == [("stuck", [1]), ("frozen", [0])]
+    stuck, frozen = (fault["sentence"] for fault in faults)
+    waiting = r"rank 0 is in step 31, phase 'step', last collective all_reduce SUM float32 \(5,\) \(number 31\)"
+    behind = r"rank 1 is in step 31, phase 'step', last collective all_reduce SUM float32 \(5,\) \(number 30\)"
+    assert re.fullmatch(rf"no progress for \d+\.\d s: {behind}; {waiting}", stuck)
+    assert re.match(r"rank 0 \(process \d+\) is frozen: no pulse for \d\.\d s, in step 31", frozen)
+    for function in ("wait_for_a_lock_of_its_own", "hold_the_interpreter", "all_reduce"):
+        assert f"in {function}" in done.stderr

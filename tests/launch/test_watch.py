@@ -95,7 +95,7 @@ def test_long_pauses_raise_the_limit():
     assert Simulated(stuck_s=4.0, stuck_factor=20.0).go(17, works=()) is not None
 
 
-@pytest.mark.parametrize("phase", heartbeat.PATIENT_PHASES)
+@pytest.mark.parametrize("phase", (*heartbeat.PATIENT_PHASES, "first step: forward"))
 def test_what_has_no_usual_length_has_a_limit_of_its_own_and_does_not_raise_the_other(phase):
     run = Simulated(patience_s=60.0)
     run.change(1, phase=phase)
@@ -147,13 +147,13 @@ def test_what_a_process_reports_is_read():
         assert file.read(1) == Reading(0, 0, None, 0, "start", "")
         with beating(file.path, 2, 1):
             report("set-up")
-            report(step=3)
+            report(part="model", step=3)
             report_collective("all_reduce float32 (2,)")
             report_collective("broadcast " + "x" * 1000)
             while file.read(1).pulse < 3:
                 time.sleep(0.01)
             reading = file.read(1)
-        assert (reading.reports, reading.step, reading.collectives, reading.phase) == (4, 3, 2, "set-up")
+        assert (reading.reports, reading.step, reading.collectives, reading.phase) == (4, 3, 2, "set-up: model")
         assert reading.collective.startswith("broadcast xxx") and len(reading.collective) == 192
         assert file.read(0) == Reading(0, 0, None, 0, "start", "")  # the neighbour's
         report("nobody listens")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from warploom.cli.flags import parse
-from warploom.errors import UserError, nearest
+from warploom.errors import ProcessLost, UserError, nearest
 
 # A verb is the file warploom/cli/<verb>.py (import_.py: the word is Python's) with a dataclass Command; only the verb
 # that was asked for is imported.
@@ -41,7 +41,8 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0, 2 for bad input, 128 + signal when one ended the run."""
+    """Run one verb. Returns the exit code: 0, 2 for bad input, 75 when another process of the run is gone, 128 + signal
+    when one ended the run."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"warploom: {error}", file=sys.stderr)
         return 2
+    except ProcessLost as error:
+        print(f"warploom: {error}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         return 130
 

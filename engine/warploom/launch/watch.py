@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from warploom.errors import UserError
-from warploom.parallel.heartbeat import PATIENT_PHASES, Reading
+from warploom.parallel.heartbeat import Reading
 
 _LONGEST_POLL_S = 0.5
 
@@ -82,7 +82,7 @@ class Watch:
             if before is None or reading.pulse != before.pulse or not reading.pulse:
                 self._silent_s[place] = 0.0
             moved = moved or before is None or reading.reports != before.reports
-        usual = all(readings[place].phase not in PATIENT_PHASES for place in running)
+        usual = not any(readings[place].is_patient for place in running)
         if moved:
             if usual and self._was_usual:
                 self._longest_pause_s = max(self._longest_pause_s, self._still_s)

@@ -9,9 +9,11 @@ context.py      the sequence over processes
 pipeline.py     the blocks over processes
 shard.py        replicas and shards of every weight (fully_shard), and which part of a weight lies here
 muon.py         Muon's orthogonalisation of matrices that lie in parts
+heartbeat.py    what this process is doing, for its launcher
+watched.py      every collective as it begins: reported, and compared over the processes if wanted
 apply.py        all of it, in the one order that is right
 
-Only config.py is imported without torch.distributed: a run of one process pays nothing for the rest.
+Only config.py and heartbeat.py are imported without torch.distributed: a run of one process pays nothing for the rest.
 """
 
 from warploom.parallel.config import ParallelConfig

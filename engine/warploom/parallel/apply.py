@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from warploom.models.transformer import Transformer
 from warploom.ops import grad_norm
 from warploom.optim.parts import local_part
+from warploom.parallel import heartbeat
 from warploom.parallel.context import apply_context, take_context
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.muon import PartedMatrices
@@ -88,15 +89,19 @@ class ParallelModel:
         """
         micro = [part for batch in batches for part in self._micro_batches(batch)]
         if self._pipeline is not None:
+            heartbeat.report(part="forward and backward")
             loss = self._pipeline.run(micro, num_targets)
         else:
             loss = torch.zeros((), device=micro[0]["tokens"].device)
             for index, inputs in enumerate(micro):
                 if isinstance(self.module, FSDPModule):
                     self.module.set_requires_gradient_sync(index == len(micro) - 1)
+                heartbeat.report(part="forward")
                 micro_loss = loss_sum(**inputs) / num_targets
+                heartbeat.report(part="backward")
                 micro_loss.backward()
                 loss += micro_loss.detach()
+        heartbeat.report(part="exchange")
         self._sum_partial()
         sum_copies(self.named, self._tied, self.mesh.axis["pipeline"])
         return loss
@@ -115,6 +120,7 @@ class ParallelModel:
             )
         )
         dist.all_reduce(totals)
+        heartbeat.report(part="update")
         return totals[0], totals[1].sqrt()
 
     @torch.no_grad()

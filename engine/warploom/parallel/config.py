@@ -36,6 +36,10 @@ class ParallelConfig:
     context: int = 1
     """Processes that share each sequence; attention exchanges heads for positions (all-to-all)."""
 
+    check_collectives: bool = False
+    """Compare every exchange between processes before it begins, and name both sides of one that does not fit, instead
+    of waiting for ever. Slow: for finding errors."""
+
     def __post_init__(self) -> None:
         for name in DIMENSIONS:
             if getattr(self, name) < 1 and getattr(self, name) != -1:

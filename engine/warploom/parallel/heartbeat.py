@@ -35,8 +35,12 @@ class Reading:
     reports: int  # goes up with every report and collective
     step: int | None  # steps done; None before the first report of them
     collectives: int
-    phase: str
+    phase: str  # with ": part" after it in the parts of a step
     collective: str  # the last that was begun: what, dtype, shape; empty before the first
+
+    @property
+    def is_patient(self) -> bool:
+        return self.phase.partition(":")[0] in PATIENT_PHASES
 
     def __str__(self) -> str:
         step = "before its first step" if self.step is None else f"in step {self.step + 1}"
@@ -91,12 +95,14 @@ class _Reporter:
     def __init__(self, file: HeartbeatFile, slot: int) -> None:
         self._file, self._slot = file, slot
         self._reports = self._collectives = 0
+        self._phase = "start"
 
-    def report(self, phase: str | None, step: int | None) -> None:
+    def report(self, phase: str | None, part: str | None, step: int | None) -> None:
         if step is not None:
             self._file.write_count(self._slot, _STEP, step)
-        if phase is not None:
-            self._file.write_text(self._slot, _PHASE, 32, phase)
+        self._phase = phase or self._phase
+        if phase is not None or part is not None:
+            self._file.write_text(self._slot, _PHASE, 32, self._phase if part is None else f"{self._phase}: {part}")
         self._count()
 
     def collective(self, what: str) -> None:
@@ -115,7 +121,7 @@ class _Reporter:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
         # Taking an interpreter down can take seconds, and must not look like a pulse that stopped.
-        self.report("end", None)
+        self.report("end", None, None)
         self._file.write_count(self._slot, _PULSE, 0)
 
     def _count(self) -> None:
@@ -148,10 +154,10 @@ def is_watched() -> bool:
     return _reporter is not None
 
 
-def report(phase: str | None = None, *, step: int | None = None) -> None:
-    """Say what this process does from now on, and how many steps it has done."""
+def report(phase: str | None = None, *, part: str | None = None, step: int | None = None) -> None:
+    """Say what this process does from now on, in which part of that it is, and how many steps it has done."""
     if _reporter is not None:
-        _reporter.report(phase, step)
+        _reporter.report(phase, part, step)
 
 
 def report_collective(what: str) -> None:

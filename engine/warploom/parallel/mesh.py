@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from warploom.errors import UserError
+from warploom.errors import ProcessLost, UserError
+from warploom.parallel import heartbeat
 from warploom.parallel.config import DIMENSIONS, ParallelConfig
+from warploom.parallel.watched import CollectiveChecks, watched
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,20 @@ def _axis(mesh: DeviceMesh, name: str) -> Axis:
     return Axis(group, group.size(), mesh.get_local_rank(name))
 
 
+# What gloo and NCCL say of a process that is gone.
+_CONNECTION_LOST = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+
+
+_joins = itertools.count()  # of this process: the keys of a group that was left are in the store as well
+
+
 @contextmanager
-def processes(device_type: str, timeout_s: float = 1800.0) -> Iterator[None]:
+def processes(device_type: str, timeout_s: float = 1800.0, *, check_collectives: bool = False) -> Iterator[None]:
     """Join the other processes that torchrun started, for the length of a with block: NCCL between GPUs, gloo between
-    CPUs. A GPU process takes the GPU of its local rank. Raises UserError if there is none for it."""
+    CPUs. A GPU process takes the GPU of its local rank. check_collectives: see CollectiveChecks.
+
+    Raises UserError if there is no GPU for it, and ProcessLost if another process is gone.
+    """
     if device_type == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
@@ -103,27 +116,35 @@ def processes(device_type: str, timeout_s: float = 1800.0) -> Iterator[None]:
         torch.cuda.set_device(local_rank)
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(_incarnation(), store)
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
-        store=dist.PrefixStore(_incarnation(), store),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
     )
+    checks = CollectiveChecks(store, timeout_s) if check_collectives else None
     try:
-        yield
+        with watched(checks) if checks is not None or heartbeat.is_watched() else nullcontext():
+            yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _CONNECTION_LOST):
+            raise
+        raise ProcessLost(f"rank {rank} has lost another process of the run: {error}") from error
     finally:
         dist.destroy_process_group()
 
 
 def _incarnation() -> str:
     """Return a name for this start of the processes. torchrun's restarts share a store, and meet the dead ones' keys in
-    it without one: of 8 runs with a killed process 1 came back, and 8 with the name (4 gloo processes)."""
+    it without one: of 8 runs with a killed process 1 came back, with the name 8 (gloo, torch 2.13)."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
     # torchrun's machines count restarts each for itself, so there they need not agree. Those of `warploom launch` agree
     # on the run id, which is another one for each start.
     is_one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    return f"{run_id}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_machine else ''}"
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else ""
+    return f"{run_id}/{restart}/{next(_joins)}"
 
 
 def split_sizes(total: int, parts: int) -> list[int]:

@@ -43,7 +43,7 @@ def joined(config: RunConfig) -> Iterator[tuple[RunConfig, Parallelize | None]]:
     apply = importlib.import_module("warploom.parallel.apply")
     mesh = importlib.import_module("warploom.parallel.mesh")
     device_type = choose_device(config.train.device).type
-    with mesh.processes(device_type):
+    with mesh.processes(device_type, check_collectives=config.parallel.check_collectives):
         yield config, apply.Parallelize(mesh.Mesh(config.parallel, device_type))
 
 
