@@ -111,12 +111,15 @@ class ParallelModel:
         axis = self.mesh.axis
         # What several processes have count once: copies of stages, the whole along the tensor axis, and replicas.
         slices = self._tensor.slices
-        counted = [p for name, p in self._first_copies() if name in slices or axis["tensor"].index == 0]
-        norm = grad_norm([local_part(p.grad) for p in counted if p.grad is not None]).double()
+        counted = {p for name, p in self._first_copies() if name in slices or axis["tensor"].index == 0}
+        grads = {p: local_part(p.grad) for p in self.parameters if p.grad is not None}
+        norm = grad_norm([grad for p, grad in grads.items() if p in counted]).double()
+        # The rest is not counted, but if it is not finite here alone, that is to be known everywhere: 0 * inf is nan.
+        rest = 0.0 * grad_norm([grad for p, grad in grads.items() if p not in counted]).double()
         totals = torch.stack(
             (
                 loss.double() * self._counts_once,
-                norm.square() * (axis["data"].index == 0),
+                norm.square() * (axis["data"].index == 0) + rest,
             )
         )
         dist.all_reduce(totals)

@@ -1,0 +1,107 @@
+"""One process of the test that steps which are not finite on one process are skipped by all. Start with
+torch.distributed.run; argv[1] is a folder for the runs and one result file per rank."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import xxhash
+from tests.train.toy import Log, ToyData, counting, toy_config, toy_model
+
+from warploom.optim.parts import local_part
+from warploom.parallel.apply import Parallelize, ParallelModel
+from warploom.parallel.config import ParallelConfig
+from warploom.parallel.mesh import Mesh, processes
+from warploom.train.trainer import Trainer
+
+LAYOUTS = {"data": {"data": 2}, "shard": {"shard": 2}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
+POISONED = (5, 9, 10, 11)
+STEPS = 14
+
+
+class Poisoned(ParallelModel):
+    """Where a gradient is not finite on the last process alone, after all that is exchanged was exchanged."""
+
+    steps = 0
+    poisoned: tuple[int, ...] = ()
+
+    def accumulate(self, *arguments):
+        loss = super().accumulate(*arguments)
+        self.steps += 1
+        if self.steps in self.poisoned and dist.get_rank() == dist.get_world_size() - 1:
+            # The smallest: where the tensor axis cuts, one that it does not cut, whose norm is counted elsewhere.
+            grads = [local_part(p.grad) for p in self.parameters if p.grad is not None]
+            min((grad for grad in grads if grad.numel()), key=torch.numel).view(-1)[-1] = float("inf")
+        return loss
+
+
+class Watched(Trainer):
+    def _step(self):
+        before = digest(self)
+        super()._step()
+        history = self.__dict__.setdefault("history", [])
+        history.append([self.progress.step, self.progress.skipped_steps, before, digest(self)])
+
+
+def digest(trainer):
+    """Of every bit of weights and optimizer states on this process."""
+    found = xxhash.xxh3_128()
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                values = [parameter, *(state[key] for key in sorted(state))]
+                for value in values:
+                    if isinstance(value, torch.Tensor):
+                        value = local_part(value.detach()).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                    found.update(value if isinstance(value, bytes) else repr(value).encode())
+    return found.hexdigest()
+
+
+def train(folder, sizes, poisoned):
+    mesh = Mesh(ParallelConfig(**sizes).resolve(dist.get_world_size()), "cpu")
+
+    class Parallelized(Parallelize):
+        def __call__(self, model, micro_batch_size):
+            parallel = Poisoned(model, self.mesh, micro_batch_size)
+            parallel.poisoned = poisoned
+            return parallel
+
+    config = toy_config(folder, steps=STEPS, save_every=4, eval_every=100, keep_best=0, model={"dropout": 0.0})
+    log = Log()
+    trainer = Watched(
+        toy_model(config),
+        ToyData(counting),
+        config,
+        monitor=log if dist.get_rank() == 0 else None,
+        parallelize=Parallelized(mesh),
+    )
+    result = trainer.fit()
+    return {
+        "history": trainer.history,
+        "steps": result.steps,
+        "skipped": result.skipped_steps,
+        "rewinds": trainer.progress.rewinds,
+        "records": [[r.step, r.num_sequences, r.position] for r in log.skips],
+        "messages": log.messages,
+    }
+
+
+def main():
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    with processes("cpu", timeout_s=120.0):
+        results = {
+            name: {kind: train(folder / name / kind, sizes, steps) for kind, steps in RUNS.items()}
+            for name, sizes in LAYOUTS.items()
+        }
+        (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
+        dist.barrier()
+
+
+RUNS = {"poisoned": POISONED, "control": ()}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A gradient that is not finite on one process: all skip the step, no bit changes; after three in a row all go back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYOUTS = ("data", "shard", "tensor", "pipeline")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nonfinite")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(str(Path(__file__).with_name("nonfinite_run.py")), str(folder)),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels", "."))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def histories(results, layout, kind):
+    """By rank: step -> skipped so far, digest before, digest after."""
+    return [{step: rest for step, *rest in result[layout][kind]["history"]} for result in results]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_processes_skip_the_step_and_no_bit_changes(results, layout):
+    for history in histories(results, layout, "poisoned"):
+        assert history[5][1] == history[5][2] and history[5][0] == 1
+        for step in (9, 10):
+            assert history[step][1] == history[step][2]
+        # The control: what is not poisoned is an update, on every process.
+        for step in (1, 2, 3, 4, 6, 7, 8, 12, 13, 14):
+            assert history[step][1] != history[step][2]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_three_in_a_row_all_go_back_to_the_checkpoint_and_past_the_data(results, layout):
+    for result, history in zip(results, histories(results, layout, "poisoned"), strict=True):
+        assert history[11][2] == history[8][2]
+        assert history[12][1] == history[8][2]
+        assert (result[layout]["poisoned"]["steps"], result[layout]["poisoned"]["rewinds"]) == (14, 1)
+    assert any("3 steps in a row were not finite" in text for text in results[0][layout]["poisoned"]["messages"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_batches_of_skipped_steps_are_recorded(results, layout):
+    records = results[0][layout]["poisoned"]["records"]
+    # ToyStream's position is the number of whole batches that were read before.
+    assert records == [[step, 8, {"position": step - 1}] for step in (5, 9, 10, 11)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_is_finite_skips_nothing(results, layout):
+    for result, history in zip(results, histories(results, layout, "control"), strict=True):
+        control = result[layout]["control"]
+        assert (control["steps"], control["skipped"], control["rewinds"], control["records"]) == (14, 0, 0, [])
+        assert all(before != after for _, before, after in history.values())
