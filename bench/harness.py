@@ -58,15 +58,17 @@ def interleave(
     budget_s: float = 2.0,
     min_rounds: int = 5,
     device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time every subject once a round, in an order drawn anew each round, until the budget is spent.
 
     A fixed order would be unfair: the subject that always runs after a large copy always finds the caches empty.
     Each subject first runs for warmup_s, at least twice: the first call compiles, allocates and fills caches. budget_s
-    covers all rounds together; min_rounds are run whatever they cost.
+    covers all rounds together; min_rounds are run whatever they cost. clock: time.process_time counts the seconds that
+    the processor spent on this process, of all its threads together, which other work on the machine changes little.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else _no_wait
-    repeats = {name: _warm_up(call, warmup_s, synchronize) for name, call in subjects.items()}
+    repeats = {name: _warm_up(call, warmup_s, synchronize, clock) for name, call in subjects.items()}
     samples: dict[str, list[float]] = {name: [] for name in subjects}
     names = list(subjects)
     shuffle = random.Random(0).shuffle
@@ -79,7 +81,7 @@ def interleave(
         while rounds < min_rounds or time.perf_counter() - started < budget_s:
             shuffle(names)
             for name in names:
-                samples[name].append(_time(subjects[name], repeats[name], synchronize))
+                samples[name].append(_time(subjects[name], repeats[name], synchronize, clock))
             rounds += 1
     finally:
         gc.enable()
@@ -90,24 +92,28 @@ def _no_wait() -> None:
     pass
 
 
-def _warm_up(call: Callable[[], object], warmup_s: float, synchronize: Callable[[], None]) -> int:
+def _warm_up(
+    call: Callable[[], object], warmup_s: float, synchronize: Callable[[], None], clock: Callable[[], float]
+) -> int:
     """Run the call for warmup_s and return how many calls fill one sample."""
     started = time.perf_counter()
     shortest = float("inf")
     calls = 0
     while calls < 2 or time.perf_counter() - started < warmup_s:
-        shortest = min(shortest, _time(call, 1, synchronize))
+        shortest = min(shortest, _time(call, 1, synchronize, clock))
         calls += 1
     return max(1, round(SAMPLE_S / shortest))
 
 
-def _time(call: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> float:
+def _time(
+    call: Callable[[], object], repeats: int, synchronize: Callable[[], None], clock: Callable[[], float]
+) -> float:
     synchronize()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeats):
         call()
     synchronize()
-    return (time.perf_counter() - started) / repeats
+    return (clock() - started) / repeats
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Gradient checkpointing: the memory and the time of each setting, as predicted and as measured.
 
-    python -m bench.memory [--config small gpt2] [--dtype bf16] [--budgets 0.75 0.5] [--json FILE]
+    python -m bench.memory [--config small gpt2] [--dtype bf16] [--budgets 0.75 0.5] [--cpu-seconds] [--json FILE]
 
 Each setting trains the same model on one batch and must give the same loss, bit for bit, or the bench ends with exit
 code 1. Memory is the most that tensors took at one time: the arena's count, in a process of its own for each setting
@@ -16,6 +16,7 @@ import functools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,8 @@ def bench(options: Options, config: str) -> list[dict[str, Any]]:
     if len(set(losses.values())) > 1:
         sys.exit(f"{config} is wrong, so nothing is timed: the losses differ, {losses}")
     calls = {name: functools.partial(subject.passes, kept) for name, kept in settings.items()}
-    timings = interleave(calls, budget_s=options.seconds, device=subject.device.type)
+    clock = time.process_time if options.cpu_seconds else time.perf_counter
+    timings = interleave(calls, budget_s=options.seconds, device=subject.device.type, clock=clock)
     plain_s = timings["none"].min_s
     return [
         {
@@ -173,6 +175,8 @@ class Options:
     """Time for the rounds of one case."""
     threads: int = 0
     """0 leaves PyTorch's choice."""
+    cpu_seconds: bool = False
+    """Time by the processor's seconds, of all threads together, instead of the clock on the wall."""
     json: Path | None = None
     """Write the records here too."""
     kept: str = ""

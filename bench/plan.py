@@ -1,10 +1,14 @@
 """The forecast of warploom.plan for this machine against real training steps: memory and time of several models.
 
-    python -m bench.plan [--case NAME ...] [--seconds 20] [--json FILE]
+    python -m bench.plan [--case NAME ...] [--seconds 20] [--cpu-seconds] [--json FILE]
+    python -m bench.plan --published
 
 Forecast: memory by following the step on the meta device (train/estimate.py), time from models one and two blocks deep
 (plan/here.py). Real: the most that tensors took, as the arena counted it in a process of its own, and the fastest
-passes and update, timed in turns with those of the shallow models.
+passes and update, timed in turns with those of the shallow models. --cpu-seconds: on one thread, in the seconds that
+the processor spent, for a machine that does other work as well.
+
+--published sets the forecast beside runs whose makers said how many device-hours they took; nothing is measured.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,7 @@ from warploom.models.presets import preset
 from warploom.optim import OptimizerConfig
 from warploom.plan.here import depths, extrapolate, training_calls
 from warploom.plan.layout import Layout, Workload, memory
+from warploom.plan.published import RUNS, reckon
 from warploom.train.allocator import keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -52,12 +59,12 @@ CASES: dict[str, tuple[Workload, Layout]] = {
 }
 
 
-def bench(name: str, seconds: float) -> dict[str, Any]:
+def bench(name: str, seconds: float, clock: Callable[[], float]) -> dict[str, Any]:
     workload, layout = CASES[name]
     found = depths(workload.model)
     calls = [training_calls(model, workload, layout, CPU) for model in (*(m for m, _ in found), workload.model)]
     timed = {f"{what} {index}": call for index, one in enumerate(calls) for what, call in one.items()}
-    timings = interleave(timed, budget_s=seconds)
+    timings = interleave(timed, budget_s=seconds, clock=clock)
     blocks = [count for _, count in found]
 
     def shallow(what: str) -> float:
@@ -75,6 +82,33 @@ def bench(name: str, seconds: float) -> dict[str, Any]:
     }
 
 
+def published() -> None:
+    rows = []
+    for run in RUNS:
+        for tokens in (run.tokens, *run.other_tokens):
+            found = reckon(run, tokens)
+            hours = run.device_hours * tokens / run.tokens
+            rows.append(
+                (
+                    run.name,
+                    f"{tokens / 1e12:g} T",
+                    f"{run.count:,} {run.device}",
+                    f"{hours:,.0f}{'' if tokens == run.tokens else ' (scaled)'}",
+                    f"{found.device_hours:,.0f}",
+                    f"{found.device_hours / hours - 1:+.0%}",
+                    f"{found.total_s / 86400:.0f}",
+                    str(found.layout),
+                )
+            )
+    print_table(
+        "device-hours, published and forecast",
+        ("run", "tokens", "devices", "published", "forecast", "error", "days", "layout"),
+        rows,
+    )
+    for run in RUNS:
+        print(f"{run.name}: {run.source}.")
+
+
 @dataclass(frozen=True)
 class Options:
     """Forecast and measure training steps."""
@@ -82,6 +116,10 @@ class Options:
     case: tuple[str, ...] = tuple(CASES)
     seconds: float = 20.0
     """Time for the rounds of one case."""
+    cpu_seconds: bool = False
+    """Time one thread by the processor's seconds instead of the clock on the wall."""
+    published: bool = False
+    """Set the forecast beside published runs instead."""
     json: Path | None = None
     """Write the records here too."""
     peak: str = ""
@@ -98,8 +136,14 @@ def main(options: Options) -> None:
                 call()
         print(torch.ops.warploom_cpu.arena_statistics()["peak_bytes"])
         return
+    if options.published:
+        published()
+        return
+    if options.cpu_seconds:
+        torch.set_num_threads(1)
     print_fingerprint()
-    records = [bench(name, options.seconds) for name in options.case]
+    clock = time.process_time if options.cpu_seconds else time.perf_counter
+    records = [bench(name, options.seconds, clock) for name in options.case]
     print_table(
         "forecast against measurement",
         ("case", "peak MB", "forecast", "error", "step ms", "forecast", "error"),

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 UNEVEN = {"num_heads": 6, "head_dim": 8, "position": "learned", "tie_embeddings": False, "activation": "swiglu"}
 TRANSLATOR = {"architecture": "encoder-decoder", "position": "t5", "num_layers": 2}
 
+MARIAN = {"output_bias": True, "embedding_norm": True, "tie_embeddings": True, "bias": True}
+
 # Four processes; a new process group costs seconds, so all cases of one size share theirs.
 QUICK = {
     "data, rows that do not divide": {"parallel": {"data": 4}, "batch_size": 7},
@@ -32,9 +34,9 @@ QUICK = {
     },
     "pipeline, tied copies, T5 bias": {"parallel": {"pipeline": 4}, "model": {"position": "t5"}},
     "pipeline x data, interleaved": {"parallel": {"pipeline": 2, "data": 2, "schedule": "interleaved"}, "packed": True},
-    "translation, pipeline x tensor": {
+    "translation, pipeline x tensor, output bias, embedding norm": {
         "parallel": {"pipeline": 2, "tensor": 2, "schedule": "gpipe"},
-        "model": {**TRANSLATOR, "position": "learned"},
+        "model": {**TRANSLATOR, "position": "learned", **MARIAN},
     },
     "data x context, float32": {
         "parallel": {"data": 2, "context": 2},
@@ -55,6 +57,11 @@ LONG = {
     "shard x pipeline x context, 1f1b": {
         "parallel": {"shard": 2, "pipeline": 2, "context": 2, "schedule": "1f1b"},
         "model": {"position": "alibi", "num_kv_heads": 2},
+    },
+    "pipeline x tensor x context, zero bubble, nothing divides": {
+        "parallel": {"pipeline": 2, "tensor": 2, "context": 2, "schedule": "zero-bubble"},
+        "model": {**UNEVEN, "num_layers": 5, "d_ff": 50},
+        "batch_size": 7,
     },
     "pipeline of 8, gpipe": {"parallel": {"pipeline": 8, "schedule": "gpipe"}, "model": {"num_layers": 8}},
     "translation, data x shard x context": {

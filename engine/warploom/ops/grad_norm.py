@@ -15,12 +15,21 @@ from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm of the elements of all tensors together: a float32 scalar, float64 for float64.
 
-    grads: any shapes, one floating dtype, one device; of no tensors the norm is 0. The squares are summed in float64:
-    a norm that float32 holds does not overflow. Raises TypeError for a wrong or mixed dtype.
+    grads: any shapes, one floating dtype; of no tensors the norm is 0. Of tensors on several devices the norm is on
+    the first one's. The squares are summed in float64: a norm that float32 holds does not overflow. Raises TypeError
+    for a wrong or mixed dtype.
     """
     if not grads:
         return torch.zeros(())
-    return torch.ops.warploom.grad_norm_fwd(grads)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(grad)
+    if len(by_device) == 1:
+        return torch.ops.warploom.grad_norm_fwd(grads)
+    norms = [torch.ops.warploom.grad_norm_fwd(part) for part in by_device.values()]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device).double() for norm in norms])).to(
+        norms[0].dtype
+    )
 
 
 def grad_norm_reference(grads):

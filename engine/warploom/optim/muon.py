@@ -59,11 +59,11 @@ class Muon(Optimizer):
     def step(self, closure: None = None, *, grad_factor: float = 1.0) -> None:  # type: ignore[override]
         """Make one step, as if every gradient were grad_factor times what it is. The gradients keep their values."""
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+            alike: dict[tuple[tuple[int, ...], torch.device], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(self._shape(p), []).append(p)
-            for shape, params in by_shape.items():
+                    alike.setdefault((self._shape(p), p.device), []).append(p)
+            for (shape, _), params in alike.items():
                 self._step_same_shape(shape, params, grad_factor, group["lr"], group["momentum"], group["weight_decay"])
 
     def _step_same_shape(

@@ -11,6 +11,7 @@ shard.py        replicas and shards of every weight (fully_shard), and which par
 muon.py         Muon's orthogonalisation of matrices that lie in parts
 heartbeat.py    what this process is doing, for its launcher
 watched.py      every collective as it begins: reported, and compared over the processes if wanted
+devices.py      the blocks over the devices of one process
 apply.py        all of it, in the one order that is right
 
 Only config.py and heartbeat.py are imported without torch.distributed: a run of one process pays nothing for the rest.

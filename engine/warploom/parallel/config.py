@@ -35,6 +35,9 @@ class ParallelConfig:
     """interleaved, zero-bubble: stages of each process."""
     context: int = 1
     """Processes that share each sequence; attention exchanges heads for positions (all-to-all)."""
+    devices: int = 1
+    """GPUs of the one process there is, over which the blocks lie one after the other, for a model that is too large
+    for one and needs no more speed than one gives (plain model parallelism)."""
 
     check_collectives: bool = False
     """Compare every exchange between processes before it begins, and name both sides of one that does not fit, instead
@@ -47,8 +50,9 @@ class ParallelConfig:
         rest = [name for name in DIMENSIONS if getattr(self, name) == -1]
         if len(rest) > 1:
             raise UserError(f"parallel.{rest[0]} and parallel.{rest[1]} are -1; only one can take the rest")
-        if self.stages_per_rank < 1:
-            raise UserError(f"parallel.stages_per_rank is {self.stages_per_rank}; give 1 or more")
+        for name in ("stages_per_rank", "devices"):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name} is {getattr(self, name)}; give 1 or more")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -61,6 +65,11 @@ class ParallelConfig:
 
     def resolve(self, world_size: int) -> ParallelConfig:
         """Return these sizes with the -1 filled in. Raises UserError unless their product is world_size."""
+        if self.devices > 1 and world_size > 1:
+            raise UserError(
+                f"parallel.devices {self.devices} spreads a model over the GPUs of one process, and there are "
+                f"{world_size}; leave it out, or start one process"
+            )
         fixed = {name: size for name, size in self.sizes.items() if size != -1}
         rest = next((name for name in DIMENSIONS if name not in fixed), None)
         product = math.prod(fixed.values())
@@ -94,6 +103,11 @@ class ParallelConfig:
                 f"give train.seq_len {math.ceil(seq_len / self.context) * self.context}"
             )
         layers = model.num_layers + (model.encoder_layers if model.architecture == "encoder-decoder" else 0)
+        if self.devices > layers:
+            raise UserError(
+                f"parallel.devices is {self.devices}, and the model has {layers} blocks; "
+                f"give parallel.devices {layers} or less"
+            )
         if self.num_stages > layers:
             raise UserError(
                 f"parallel.pipeline makes {self.num_stages} stages, and the model has {layers} blocks; "

@@ -22,6 +22,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
+from warploom.models.blocks import NoNorm
 from warploom.models.config import TransformerConfig
 from warploom.models.transformer import Stack, Transformer
 from warploom.nn.position import LearnedPosition, NoPosition
@@ -64,7 +65,7 @@ class StagePlan:
     def stages_of(self, name: str) -> list[int]:
         """Return the stages that hold a parameter of this name, in order."""
         stack, _, rest = name.partition(".")
-        if stack == "lm_head":
+        if stack in ("lm_head", "output_bias"):
             return [self.num_stages - 1]
         if stack == "source_embedding":
             return [self._first["encoder"]]
@@ -79,7 +80,7 @@ class StagePlan:
             return [self._stage_of((stack, int(rest.split(".")[1])))]
         if rest.startswith("position.") and self._bias_is_learned:
             return [s for s, blocks in enumerate(self.blocks) if any(one == stack for one, _ in blocks)]
-        return [self._first[stack] if rest.startswith("position.") else self._last[stack]]
+        return [self._first[stack] if rest.startswith(("position.", "embedding_norm.")) else self._last[stack]]
 
 
 class Stage(nn.Module):
@@ -94,7 +95,7 @@ class Stage(nn.Module):
         self.is_last = stage == plan.num_stages - 1
         self.encoder = self._cut("encoder", plan, stage)
         self.stack = self._cut("stack", plan, stage)
-        for name in ("embedding", "source_embedding", "lm_head"):
+        for name in ("embedding", "source_embedding", "lm_head", "output_bias"):
             if getattr(self.model, name) is not None and stage not in plan.stages_of(f"{name}."):
                 setattr(self.model, name, None)
 
@@ -110,8 +111,10 @@ class Stage(nn.Module):
             if not is_here:
                 stack.blocks[layer] = _Elsewhere()
         stack.begins, stack.ends = here[0], here[-1]
-        if not stack.begins and isinstance(stack.position, LearnedPosition):
-            stack.position = NoPosition()
+        if not stack.begins:
+            stack.embedding_norm = NoNorm()
+            if isinstance(stack.position, LearnedPosition):
+                stack.position = NoPosition()
         if not stack.ends:
             stack.norm = _Sum()
         return _StackOfStage(stack)

@@ -58,8 +58,8 @@ def apply_tensor(model: Transformer, axis: Axis) -> TensorPlan:
             cutter.stack(name, module)
     cutter.vocabulary(model)
     whole = {name for name, _ in model.named_parameters()} - cutter.slices.keys()
-    # The learned positions are added before the sequence is cut.
-    partial = {name for name in whole if not name.endswith("position.table.weight")}
+    # Learned positions are added, and embeddings normalised, before the sequence is cut.
+    partial = {name for name in whole if not ("position.table." in name or "embedding_norm." in name)}
     return TensorPlan(cutter.slices, frozenset(partial))
 
 
@@ -104,6 +104,8 @@ class _Cutter:
         sizes = split_sizes(model.config.vocab_size, self.axis.size)
         if model.lm_head is not None:
             self._rows("lm_head", model.lm_head, sizes)
+        if model.output_bias is not None:
+            self._cut("output_bias", model, "output_bias", 0, sizes)
         model.class_shard = VocabularyShard(Slices(0, tuple(sizes)).range(self.axis.index)[0], self.axis)
 
     def _attention(self, name: str, module: SelfAttention | CrossAttention) -> None:

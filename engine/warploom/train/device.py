@@ -16,6 +16,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def first_devices(device: torch.device, count: int) -> list[torch.device]:
+    """Return the GPUs that parallel.devices means here. Raises UserError if there are fewer, and on a CPU."""
+    available = torch.cuda.device_count() if device.type == "cuda" else 1
+    if count > available:
+        raise UserError(
+            f"parallel.devices is {count}, and this process has {available} ({device.type}); "
+            f"give parallel.devices {available}" + (" or less" if available > 1 else "")
+        )
+    return [torch.device(device.type, index) for index in range(count)]
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the compute type that train.dtype, "auto", "bf16" or "fp32", means on the device."""
     if name == "auto":

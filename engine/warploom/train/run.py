@@ -167,7 +167,9 @@ def train_on_text(
     ).fit()
     if result.stop_signal is not None or not is_first:
         return TextRun(result, config, (), None, time.monotonic() - started)
-    if parallelize is not None:  # the weights are in parts; the checkpoint has them whole
+    if (
+        parallelize is not None or config.parallel.devices > 1
+    ):  # the weights are in parts; the checkpoint has them whole
         assert result.checkpoint is not None
         model = load_model(result.checkpoint).model
     model.compute_dtype = torch.float32

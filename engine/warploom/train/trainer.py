@@ -33,13 +33,14 @@ from warploom.nn.linear import keep_packed
 from warploom.optim import build_optimizers, lr_multiplier
 from warploom.parallel import heartbeat
 from warploom.parallel.config import process_seed
+from warploom.parallel.devices import spread
 from warploom.train import matmul_rate, run_state
 from warploom.train.allocator import keep_freed_memory
 from warploom.train.batch_size import find_micro_batch_size
 from warploom.train.batches import TokenData, TrainingData, inputs_to
 from warploom.train.budget import corrected_steps, is_correction_due
 from warploom.train.config import RunConfig
-from warploom.train.device import choose_device, choose_dtype
+from warploom.train.device import choose_device, choose_dtype, first_devices
 from warploom.train.diagnosis import diagnose
 from warploom.train.guard import StepAbandoned, StopSignals
 from warploom.train.heldout import heldout_loss
@@ -170,6 +171,10 @@ class Trainer:
         if train.threads:
             torch.set_num_threads(train.threads)
         self.model.to(self._device)
+        if self.config.parallel.devices > 1:
+            if train.compile:
+                raise UserError("train.compile works on one device; leave it out, or give parallel.devices 1")
+            spread(self.model, first_devices(self._device, self.config.parallel.devices))
         self.model.compute_dtype = self._dtype
         self._num_parameters = self.model.num_parameters()
         self._flops_per_token = self.model.flops_per_token(train.seq_len)
