@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from warploom.models import PRESETS, Transformer, TransformerConfig, preset
+from warploom.nn.lora import LoRAConfig, add_lora
 
 # Counts of the released models as their loaders and model pages give them (a tied matrix once); for falcon-180b the
 # values stored in its checkpoint.
@@ -84,3 +85,21 @@ def test_flops_per_token():
     both = dataclasses.replace(small, architecture="encoder-decoder")
     weights = 6 * (12 + 16) * 384**2 + 8192 * 384
     assert on_meta(both).flops_per_token(256) == 6 * weights + 6 * 12 * 384 * (256 + 256 + 128)
+
+
+def test_frozen_weights_cost_less():
+    """4 per frozen weight that gradients pass, 2 per weight below the first trained block."""
+    config = dataclasses.replace(preset("small"), tie_embeddings=False)
+    block, attention, head = 12 * 384**2, 4 * 384 * 128, 8192 * 384
+    model = on_meta(config)
+    model.requires_grad_(False)
+    assert model.flops_per_token(256) == 6 * (2 * block + attention) + 2 * head  # nothing is trained: forward alone
+    model.stack.blocks[4].requires_grad_(True)
+    expected = 4 * (2 * block + attention) + (6 * block + 3 * attention) + (4 * block + 3 * attention) + 4 * head
+    assert model.flops_per_token(256) == expected
+    model.lm_head.requires_grad_(True)
+    assert model.flops_per_token(256) == expected + 2 * head
+    with torch.device("meta"):
+        add_lora(model, LoRAConfig(rank=8))
+    adapters = 8 * (4 * 2 * 384 + 2 * (384 + 4 * 384))
+    assert model.flops_per_token(256) == 6 * (4 * block + 6 * adapters + 3 * attention) + 4 * head

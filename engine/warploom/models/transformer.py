@@ -19,6 +19,7 @@ Names in the state_dict, fixed because checkpoints hold them:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -286,13 +287,39 @@ class Transformer(nn.Module):
         Only matrix products count, at 2 per multiply-add, and the backward pass costs twice the forward:
         6 per weight of each linear layer and of the output layer (an embedding is a look-up: none), and for attention
         12 H D per layer and key seen (q k^T and p v). A token sees seq_len keys, in causal attention half as many.
-        Recomputation under gradient checkpointing is not work that training needs, so it does not count.
-        Encoder-decoder: per token of the target, with a source as long as the target.
+        A frozen weight has no gradient of its own and costs 4; blocks below the first one with anything that is
+        trained are only run forward, a third of all. Recomputation under gradient checkpointing is not work that
+        training needs, so it does not count. Encoder-decoder: per token of the target, with a source as long as the
+        target.
         """
-        config = self.config
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear) and m is not self.lm_head)
-        keys = config.num_layers * (seq_len / 2 if self.stack.causal else seq_len)
-        if self.encoder is not None:
-            keys += (config.encoder_layers + config.num_layers) * seq_len  # the encoder's own and cross-attention
-        per_key = 12 * config.num_heads * config.head_width
-        return int(6 * (weights + self.output_weight.numel()) + per_key * keys)
+        flops, trains = 0.0, False
+        for stack in (self.encoder, self.stack):
+            if stack is None:
+                continue
+            keys = seq_len / 2 if stack.causal else seq_len
+            if stack is not self.encoder and self.encoder is not None:
+                keys += seq_len  # cross-attention
+            embedding = self.source_embedding if stack is self.encoder else self.embedding
+            trains |= _is_trained(embedding or self.embedding, stack.position, stack.embedding_norm)
+            for block in stack.blocks:
+                trains |= _is_trained(block)
+                flops += sum(_product_flops(weight, trains) for weight in _product_weights(block))
+                flops += 4 * self.config.num_heads * self.config.head_width * keys * (3 if trains else 1)
+            trains |= _is_trained(stack.norm)
+        return int(flops + _product_flops(self.output_weight, trains))
+
+
+def _is_trained(*modules: nn.Module) -> bool:
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+def _product_weights(block: nn.Module) -> Iterator[nn.Parameter]:
+    """The matrices of a block's linear layers, an adapter's factors among them."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            yield from (weight for weight in module.parameters(recurse=False) if weight.dim() == 2)
+
+
+def _product_flops(weight: Tensor, trains: bool) -> int:
+    """Per token: forward 2 per weight, 2 for the gradient that goes on below, 2 for that of the weight."""
+    return weight.numel() * (2 + 2 * trains + 2 * weight.requires_grad)
