@@ -38,11 +38,14 @@ from warploom_kernels import (
     adamw,
     attention,
     cross_entropy,
+    embedding,
+    grad_norm,
     layer_norm,
     linear,
     linear_cross_entropy,
     linear_glu,
     linear_qkv,
+    newton_schulz,
     rms_norm,
     rotary,
 )
@@ -60,6 +63,7 @@ PRODUCT_KERNELS = {
     "linear_qkv_bwd_dx_kernel",
     "linear_cross_entropy_lse_kernel",
     "linear_cross_entropy_dlogits_kernel",
+    "newton_schulz_product_kernel",
 }
 # Bytes of stack that are no spills: the array in which sine and cosine reduce a large angle.
 LOCAL_ARRAY = {"rotary_kernel": 40}
@@ -264,6 +268,21 @@ def _loss_shapes() -> Iterator[Shape]:
         yield Shape(name, call, flops, {}, common=C == 768 and dtype == torch.bfloat16)
 
 
+def _iteration_shapes() -> Iterator[Shape]:
+    for batch, M, N, dtype in (
+        (12, 768, 3072, torch.bfloat16),
+        (2, 33, 70, torch.bfloat16),
+        (12, 768, 3072, torch.float32),
+    ):
+        matrices = _empty(batch, M, N, dtype=torch.float32)
+
+        def call(matrices=matrices, dtype=dtype) -> None:
+            newton_schulz.launch_newton_schulz_fwd(matrices, dtype, [1.0, 1.0, 1.0], 1)
+
+        name = f"iteration {batch}x{M}x{N}" + (" float32" if dtype == torch.float32 else "")
+        yield Shape(name, call, {}, {}, common=M == 768 and dtype == torch.bfloat16)
+
+
 def _other_shapes() -> Iterator[Shape]:
     for D, rotary_dim in ((64, 64), (80, 32)):
         x, positions = _empty(8, 16, 2048, D), _empty(2048, dtype=torch.int64)
@@ -288,11 +307,27 @@ def _other_shapes() -> Iterator[Shape]:
 
         def step(tensors=tensors, steps=steps, amsgrad=amsgrad) -> None:
             largest = tensors if amsgrad else []
-            lists: tuple[list[Tensor], ...] = (tensors, tensors, tensors, tensors, largest, steps, [])
+            copies = [_empty(768, 3072)] * 4
+            lists: tuple[list[Tensor], ...] = (tensors, tensors, tensors, tensors, largest, steps, copies)
             adamw.launch_adamw_step(*lists, 1e-3, 0.9, 0.95, 0.1, 1e-8, False, 1.0, False)
 
-        bytes_ = {"adamw_kernel": 4 * 768 * 3072 * (36.0 if amsgrad else 28.0)}
+        bytes_ = {"adamw_kernel": 4 * 768 * 3072 * (38.0 if amsgrad else 30.0)}
         yield Shape("adamw" + " amsgrad" * amsgrad, step, {}, bytes_, common=not amsgrad)
+    for dtype in (torch.float32, torch.bfloat16):
+        grads = [_empty(768, 3072, dtype=dtype)] * 4
+
+        def norm(grads=grads) -> None:
+            grad_norm.launch_grad_norm_fwd(grads)
+
+        bytes_ = {"grad_norm_squares_kernel": 4.0 * 768 * 3072 * dtype.itemsize}
+        yield Shape(f"norm of {dtype} gradients".replace("torch.", ""), norm, {}, bytes_)
+    tokens, table, rows = _empty(8192, dtype=torch.int64), _empty(50304, 768, dtype=torch.float32), _empty(8192, 768)
+
+    def look_up() -> None:
+        embedding.launch_embedding_fwd(table, tokens)
+        embedding.launch_embedding_bwd(rows, tokens, 50304)
+
+    yield Shape("embedding 8192x768", look_up, {}, {"embedding_fwd_kernel": 8.0 * 8192 * 768})
 
 
 def all_shapes() -> Iterator[Shape]:
@@ -302,6 +337,7 @@ def all_shapes() -> Iterator[Shape]:
     yield from _glu_shapes()
     yield from _qkv_shapes()
     yield from _loss_shapes()
+    yield from _iteration_shapes()
     yield from _other_shapes()
 
 

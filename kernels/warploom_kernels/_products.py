@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from warploom_kernels._launch import INTERPRETER, Config
+from warploom_kernels._launch import INTERPRETER, Config, Grid, num_multiprocessors
 
 NONE, RELU, RELU2, GELU_TANH, SILU = (tl.constexpr(i) for i in range(5))
 ACTIVATIONS = {"none": NONE, "relu": RELU, "relu2": RELU2, "gelu_tanh": GELU_TANH, "silu": SILU}
@@ -168,6 +168,12 @@ def add_product(
 # For launchers.
 
 
+def persistent_grid(device: torch.device, M: int, N: int) -> Grid:
+    """A program for each multiprocessor, or for each tile if these are fewer."""
+    programs = num_multiprocessors(device)
+    return lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"])),)
+
+
 def tile_configs(
     arch: int,
     a: Sequence[Tensor],
@@ -184,7 +190,7 @@ def tile_configs(
     if arch == INTERPRETER:
         shapes = [(32, 32, 32, 4, 1)]
     elif a[0].dtype == torch.float32:  # no tensor cores
-        shapes = [(32, 32, 16, 4, 1)]
+        shapes = [(64, 64, 16, 8, 1)]
     elif not eights:  # rows that begin anywhere are read element by element
         shapes = [(64, 64, 32, 8, 2)]
     elif not 90 <= arch < 120:

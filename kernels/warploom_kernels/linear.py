@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from warploom_kernels._launch import architecture, launch, num_multiprocessors, power_of_2_key
+from warploom_kernels._launch import architecture, launch, power_of_2_key
 from warploom_kernels._products import (
     ACTIVATIONS,
     MASK_ALIGNMENT,
@@ -21,6 +21,7 @@ from warploom_kernels._products import (
     add_product,
     as_rows,
     pack_bits,
+    persistent_grid,
     place_of_tile,
     rounded,
     tile_configs,
@@ -118,7 +119,6 @@ def launch_product(
     (M, K), N = a.shape, b.shape[1]
     if not M or not N:
         return
-    programs = num_multiprocessors(a.device)
     derived = saved is not None or mask is not None
     costly = activation in ("gelu_tanh", "silu") or (activation == "relu2" and not derived)
     is_gated = gated or other is not None
@@ -126,7 +126,7 @@ def launch_product(
     kind += " bits" if mask is not None or positive is not None else ""
     launch(
         linear_product_kernel,
-        lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"])),),
+        persistent_grid(a.device, M, N),
         {
             "a": a,
             "saved": saved,

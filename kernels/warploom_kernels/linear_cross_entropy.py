@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warploom_kernels._launch import INTERPRETER, Config, architecture, launch, num_multiprocessors, power_of_2_key
-from warploom_kernels._products import NONE, add_product, as_rows, place_of_tile, tile_configs
+from warploom_kernels._products import NONE, add_product, as_rows, persistent_grid, place_of_tile, tile_configs
 from warploom_kernels.linear import launch_product
 
 
@@ -111,7 +111,7 @@ def _lse_configs(arch: int, hidden: Tensor) -> list[Config]:
     if arch == INTERPRETER:
         shapes = [(32, 32, 32, 4, 1)]
     elif hidden.dtype == torch.float32:  # no tensor cores
-        shapes = [(32, 32, 16, 4, 1)]
+        shapes = [(64, 64, 16, 8, 1)]
     elif C % 8:  # rows that begin anywhere are read element by element
         shapes = [(64, 64, 32, 8, 2)]
     elif not 90 <= arch < 120:
@@ -179,16 +179,13 @@ def launch_linear_cross_entropy_bwd(
     dweight = weight.new_zeros(weight.shape) if not N else weight.new_empty(weight.shape if need_dweight else 0)
     # 0 of an ignored row times what is not finite would be NaN.
     kept_x = x.where((targets != ignore_index)[:, None], 0.0) if need_dweight else x
-    programs = num_multiprocessors(x.device)
     for first in range(0, V if N else 0, chunk):
         classes = min(chunk, V - first)
         rows = w[first : first + classes]
         dlogits = dlogits_memory[: N * classes].view(N, classes)
         launch(
             linear_cross_entropy_dlogits_kernel,
-            lambda c, classes=classes: (
-                min(programs, triton.cdiv(N, c["BLOCK_M"]) * triton.cdiv(classes, c["BLOCK_N"])),
-            ),
+            persistent_grid(x.device, N, classes),
             {
                 "hidden": x,
                 "weight": rows,

@@ -17,10 +17,18 @@ from warploom_kernels._launch import (
     Config,
     architecture,
     launch,
-    num_multiprocessors,
     power_of_2_key,
 )
-from warploom_kernels._products import ACTIVATIONS, activate, add_product, as_rows, dot, place_of_tile, rounded
+from warploom_kernels._products import (
+    ACTIVATIONS,
+    activate,
+    add_product,
+    as_rows,
+    dot,
+    persistent_grid,
+    place_of_tile,
+    rounded,
+)
 from warploom_kernels.linear import launch_product
 
 
@@ -121,7 +129,7 @@ def _configs(arch: int, dtype: torch.dtype, *strides: int, forward: bool) -> lis
     elif arch < 100:
         shapes = [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4)] if forward else [(128, 64, 64, 8, 2)]
     else:
-        shapes = [(128, 64, 64, 8, 4)] if forward else [(128, 64, 32, 8, 2)]
+        shapes = [(128, 64, 64, 8, 4)] if forward else [(64, 64, 64, 4, 2)]
     return [
         Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
         for m, n, k, warps, stages in shapes
@@ -139,10 +147,9 @@ def launch_linear_glu_fwd(
     gate_weight, up_weight = (rounded(w, p, x.dtype) for w, p in zip(weights, panels, strict=True))
     gate_bias, up_bias = (None if bias is None else bias.to(x.dtype).contiguous() for bias in biases)
     if M and N:
-        programs = num_multiprocessors(x.device)
         launch(
             linear_glu_fwd_kernel,
-            lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"])),),
+            persistent_grid(x.device, M, N),
             {
                 "x": x_rows,
                 "gate_weight": gate_weight,
@@ -171,11 +178,10 @@ def launch_linear_glu_bwd(
     dy_rows, gate_rows, up_rows, x_rows = (as_rows(tensor) for tensor in (dy, gate, up, x))
     (M, K), N = dy_rows.shape, x.shape[-1]
     if need_dx and M and N:
-        programs = num_multiprocessors(x.device)
         gate_weight, up_weight = (rounded(w, p, x.dtype) for w, p in zip(weights, panels, strict=True))
         launch(
             linear_glu_bwd_dx_kernel,
-            lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"])),),
+            persistent_grid(x.device, M, N),
             {
                 "dy": dy_rows,
                 "gate": gate_rows,

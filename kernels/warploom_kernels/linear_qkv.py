@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warploom_kernels._launch import architecture, launch, num_multiprocessors, power_of_2_key
-from warploom_kernels._products import NONE, add_product, as_rows, place_of_tile, rounded, tile_configs
+from warploom_kernels._products import NONE, add_product, as_rows, persistent_grid, place_of_tile, rounded, tile_configs
 
 
 @triton.jit
@@ -189,11 +189,10 @@ def launch_linear_qkv_bwd(
     x_rows, dy_rows = as_rows(x), [as_rows(dy) for dy in dys]
     M, N = x_rows.shape
     if need_dx and M and N:
-        programs = num_multiprocessors(x.device)
         rows = [rounded(w, p, x.dtype) for w, p in zip(weights, panels, strict=True)]
         launch(
             linear_qkv_bwd_dx_kernel,
-            lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"])),),
+            persistent_grid(x.device, M, N),
             {
                 **{f"d{letter}": dy for letter, dy in zip("qkv", dy_rows, strict=True)},
                 **{f"{letter}_weight": weight for letter, weight in zip("qkv", rows, strict=True)},

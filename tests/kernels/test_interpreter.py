@@ -26,12 +26,14 @@ QUICK = {
     "attention": "(float32 and (tiny or no_ or rows_that)) or (-float16 and (packed_cross_bias or decode))",
     "adamw": "first_step or amsgrad or clipped",
     "cross_entropy": "float32 and (tiny or all_ignored or 33x257 or in_place)",
+    "embedding": "float32",
     "grad_norm": "ragged or nothing or large",
     "layer_norm": "float16",
     "linear": "float32 and (tiny or one_row or 7x63 or 33x128)",
     "linear_cross_entropy": "float32 and (tiny or one_class or all_ignored or batched)",
     "linear_glu": "float32 and (tiny or one_row or ragged)",
     "linear_qkv": "float32 and (tiny or one_row or grouped or no_rows)",
+    "newton_schulz": "float32",
     "rms_norm": "float16",
     "rotary": "float32",
 }
@@ -131,6 +133,22 @@ print([torch.equal(c, p.bfloat16()) and not torch.equal(p, b)
        for c, p, b in zip(copies, params, before) if c.numel()])
 """)
     assert said == "[True, True]\n"
+
+
+def test_the_gradient_of_an_embedding_is_added_to_another():
+    said = run_code("""
+import torch
+from warploom.ops import backend
+tokens, dy, start = torch.randint(9, (60,)), torch.randn(60, 40), torch.randn(9, 40)
+sums = []
+for name in ("reference", "triton"):
+    sums.append(start.clone())
+    with backend(name):
+        torch.ops.warploom.embedding_bwd_into(dy, tokens, sums[-1])
+torch.testing.assert_close(*sums)
+print("equal")
+""")
+    assert said == "equal\n"
 
 
 def test_bfloat16_products_are_refused_in_words():

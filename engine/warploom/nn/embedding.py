@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
+
+from warploom.ops.embedding import add_embedding_gradient, embedding
 
 
 class Embedding(nn.Embedding):
@@ -19,7 +20,7 @@ class Embedding(nn.Embedding):
         self.scale = scale
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self._scaled(super().forward(tokens))
+        return self._scaled(embedding(tokens, self.weight))
 
     def with_weight(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return forward(tokens) and the weight, for an output layer that shares it and its gradient's memory.
@@ -28,8 +29,7 @@ class Embedding(nn.Embedding):
         added into that one, where autograd would make a second of (num_embeddings, embedding_dim) to add.
         """
         weight = self.weight
-        # Atomic additions, as a GPU makes them, would not give the same bits twice.
-        if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self(tokens), weight
         embedded, weight = _EmbeddingAndWeight.apply(weight, tokens)
         return self._scaled(embedded), weight
@@ -44,7 +44,7 @@ class _EmbeddingAndWeight(torch.autograd.Function):
         ctx.save_for_backward(tokens)
         ctx.set_materialize_grads(False)
         ctx.num_embeddings = weight.shape[0]
-        return F.embedding(tokens, weight), weight.view_as(weight)
+        return torch.ops.warploom.embedding_fwd.default(weight, tokens), weight.view_as(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -54,5 +54,5 @@ class _EmbeddingAndWeight(torch.autograd.Function):
             rows = d_embedded.reshape(-1, d_embedded.shape[-1])
             if d_weight is None:
                 d_weight = rows.new_zeros(ctx.num_embeddings, rows.shape[-1])
-            d_weight.index_add_(0, tokens.reshape(-1), rows)
+            add_embedding_gradient(d_embedded, tokens, d_weight)
         return d_weight, None

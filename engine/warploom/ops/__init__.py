@@ -10,12 +10,14 @@ if TYPE_CHECKING:  # for type checkers, which cannot see what the loop below exp
     from warploom.ops.adamw import adamw as adamw
     from warploom.ops.attention import attention as attention
     from warploom.ops.cross_entropy import cross_entropy as cross_entropy
+    from warploom.ops.embedding import embedding as embedding
     from warploom.ops.grad_norm import grad_norm as grad_norm
     from warploom.ops.layer_norm import layer_norm as layer_norm
     from warploom.ops.linear import linear as linear
     from warploom.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from warploom.ops.linear_glu import linear_glu as linear_glu
     from warploom.ops.linear_qkv import linear_qkv as linear_qkv
+    from warploom.ops.newton_schulz import newton_schulz as newton_schulz
     from warploom.ops.rms_norm import rms_norm as rms_norm
     from warploom.ops.rotary import rotary as rotary
 

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from warploom.ops.newton_schulz import newton_schulz
 from warploom.optim.parts import local_part
-
-# Jordan's quintic: steepest at 0, so that five steps bring singular values from 1e-3 up into about 0.7 to 1.2.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-_NUM_ITERATIONS = 5
 
 
 class MatrixExchange(Protocol):
@@ -87,7 +84,7 @@ class Muon(Optimizer):
             updates.append(grad.lerp(buffer, momentum))
         # An orthogonal (rows, columns) matrix has root mean square 1 / sqrt(max(rows, columns)).
         step_size = 0.2 * max(shape) ** 0.5 * lr
-        function = partial(orthogonalize, dtype=self._dtype)
+        function = partial(newton_schulz, dtype=self._dtype)
         if self._exchange is None:
             directions = list(function(torch.stack(updates)))
         else:
@@ -97,18 +94,3 @@ class Muon(Optimizer):
 
     def _shape(self, param: Tensor) -> tuple[int, ...]:
         return tuple(param.shape) if self._exchange is None else self._exchange.whole_shape(param)
-
-
-def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Bring the singular values of each matrix near 1 by five Newton-Schulz iterations in dtype.
-
-    matrices: (..., M, N), returned in the same shape and dtype. A matrix of zeros stays zero.
-    """
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT  # (..., short, long): the smaller Gram matrix
-    # The Frobenius norm bounds the largest singular value, which the iteration needs to be at most 1.
-    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
-    for _ in range(_NUM_ITERATIONS):
-        gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
