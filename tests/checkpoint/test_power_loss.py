@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 from tests.checkpoint.states import digest, make_state
+from tests.checkpoint.thread_ranks import share, together, whole
 
 from warploom.checkpoint import format as fmt
 from warploom.checkpoint import save
 from warploom.checkpoint.format import list_checkpoints
 from warploom.checkpoint.load import load_checkpoint, verify_checkpoint
+from warploom.checkpoint.ranks import save_over_ranks
 from warploom.checkpoint.save import save_checkpoint
 from warploom.errors import UserError
 
-NUM_STATES = 600  # for each of the two ways to save
+NUM_STATES = 600  # for each of the ways to save
 
 
 class Recorder:
@@ -162,21 +164,22 @@ def write_survivors(node, path, draw):
 
 @pytest.fixture
 def crash_outcomes(tmp_path, monkeypatch):
-    """Return a function: save (same step or next), crash in num_states ways, count what is found afterwards."""
+    """Return a function: save (same step or next) on so many processes, 0 for save_checkpoint, crash in num_states
+    ways, count what is found afterwards."""
 
-    def run(same_step, num_states, plant=lambda patch: None):
+    def run(same_step, num_states, plant=lambda patch: None, size=0):
         run_dir = tmp_path / "run"
         old, new = make_state(1, width=6), make_state(2, width=6)
-        save_checkpoint(run_dir, old)
+        save_on(size, run_dir, old)
         if same_step:
             new.step = 1
-        known = {digest(old): "old", digest(new): "new"}
+        known = {digest(whole(state, size) if size else state): name for state, name in ((old, "old"), (new, "new"))}
         root = tmp_path / "before"
         shutil.copytree(run_dir, root)
         with monkeypatch.context() as patch:
             recorder = Recorder(patch, run_dir)
             plant(patch)
-            save_checkpoint(run_dir, new)
+            save_on(size, run_dir, new)
         kinds = {kind for kind, *_ in recorder.log}
         assert {"create", "write", "rename", "mkdir"} <= kinds
         draw = random.Random(1)
@@ -195,6 +198,14 @@ def crash_outcomes(tmp_path, monkeypatch):
     return run
 
 
+def save_on(size, run_dir, state):
+    if not size:
+        save_checkpoint(run_dir, state)
+        return
+    for result in together(size, lambda r: save_over_ranks(run_dir, share(state, r.rank, size), r)):
+        assert isinstance(result, Path), result
+
+
 def found_in(run_dir, known):
     """As a fresh start does: the newest checkpoint, and no listed one may be unfinished."""
     paths = list_checkpoints(run_dir)
@@ -206,9 +217,10 @@ def found_in(run_dir, known):
         return "partial"
 
 
+@pytest.mark.parametrize("size", [0, 2])
 @pytest.mark.parametrize("same_step", [False, True])
-def test_power_loss_leaves_old_or_new(crash_outcomes, same_step):
-    outcomes = crash_outcomes(same_step, NUM_STATES)
+def test_power_loss_leaves_old_or_new(crash_outcomes, same_step, size):
+    outcomes = crash_outcomes(same_step, NUM_STATES, size=size)
     assert len(outcomes) == NUM_STATES
     assert {outcome for moment, outcome in outcomes if moment == "after"} == {"new"}
     assert {outcome for moment, outcome in outcomes if moment == "in"} == {"old", "new"}
@@ -247,4 +259,18 @@ PLANTED_BUGS = {
 @pytest.mark.parametrize("bug", PLANTED_BUGS)
 def test_planted_bugs_are_found(crash_outcomes, bug):
     outcomes = crash_outcomes(False, 150, PLANTED_BUGS[bug])
+    assert set(outcomes) - {("in", "old"), ("in", "new"), ("after", "new")}
+
+
+PLANTED_OVER_RANKS = {
+    "process 1 does not fsync its files": drop_fsync_of(lambda path: ".rank00001." in path),
+    "process 0 does not fsync its files": drop_fsync_of(lambda path: ".rank00000." in path),
+    "nobody fsyncs the checkpoint's folder": drop_fsync_of(lambda path: ".tmp-" in path and os.path.isdir(path)),
+    "the run folder is not fsynced": drop_fsync_of(lambda path: path.endswith("/run")),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED_OVER_RANKS)
+def test_planted_bugs_over_ranks_are_found(crash_outcomes, bug):
+    outcomes = crash_outcomes(False, 150, PLANTED_OVER_RANKS[bug], size=2)
     assert set(outcomes) - {("in", "old"), ("in", "new"), ("after", "new")}

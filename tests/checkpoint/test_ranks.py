@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from tests.checkpoint.states import digest, make_state
-from tests.checkpoint.thread_ranks import share, take_rows, together
+from tests.checkpoint.thread_ranks import share, take_rows, together, whole
 
 from warploom.checkpoint import format as fmt
 from warploom.checkpoint import load, ranks, save
@@ -29,15 +29,6 @@ def no_power_loss(monkeypatch):
 def save_all(run_dir, state, size, change=lambda rank, state: state):
     """Save on size threads; return the folder or the error of each."""
     return together(size, lambda r: save_over_ranks(run_dir, change(r.rank, share(state, r.rank, size)), r))
-
-
-def whole(state, size):
-    """The state that loading finds: the meta of all, and the random states of all."""
-    expected = make_state(state.step)
-    expected.meta["own"] = list(range(size))
-    for rank in range(1, size):
-        expected.rng |= {f"rank{rank}/{name}": tensor + rank for name, tensor in state.rng.items()}
-    return expected
 
 
 def flip(path, offset=-1):

@@ -71,6 +71,14 @@ def share(state, rank, size):
     return dataclasses.replace(state, weights=weights, optimizer=optimizer, rng=rng, meta=meta, places=places)
 
 
+def whole(state, size):
+    """The state that loading finds: the meta of all, and the random states of all."""
+    expected = dataclasses.replace(state, meta={**state.meta, "own": list(range(size))}, rng=dict(state.rng))
+    for rank in range(1, size):
+        expected.rng |= {f"rank{rank}/{name}": tensor + rank for name, tensor in state.rng.items()}
+    return expected
+
+
 def take_rows(rank, size):
     """A load.Take of the same parts that share cuts."""
 

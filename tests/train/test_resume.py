@@ -6,14 +6,18 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from tests.train.toy import Log, ToyData, counting, toy_config, toy_model
 
 from warploom.checkpoint import list_checkpoints, load_checkpoint, rng
+from warploom.checkpoint.format import step_of
 from warploom.errors import UserError
 from warploom.train import guard
+from warploom.train import trainer as trainer_module
 from warploom.train.trainer import Trainer
 
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -205,3 +209,46 @@ def test_the_tokenizer_lies_in_the_checkpoint(runs, tokens):
     state = load_checkpoint(runs["muon", "one go"][0] / "step-00000016")
     assert state.tokenizer == (tokens / "tokenizer.json").read_bytes()
     assert state.meta["loader"]["epoch"] >= 0 and state.step == 16
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, in_background):
+    """The write of step 4 lasts until step 6 is done; what it holds is step 4 all the same."""
+    go_on, was_free = threading.Event(), []
+    true_save = trainer_module.save_checkpoint
+
+    def save_checkpoint(run_dir, state):
+        if state.step == 4:
+            was_free.append(go_on.wait(30 if in_background else 0.1))
+        return true_save(run_dir, state)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", save_checkpoint)
+    log = Log()
+    log.step = lambda record: go_on.set() if record.step == 6 else None
+    arguments = {"steps": 8, "eval_every": 100, "keep_best": 0, "keep_last": 9}
+    config = toy_config(tmp_path / "slow", save_every=4, save_in_background=in_background, **arguments)
+    fit(config, monitor=log)
+    assert was_free == [in_background]  # in the background step 6 came while step 4 was being written
+    assert any("Checkpoints: 1 saved between steps" in text for text in log.messages)
+    monkeypatch.undo()
+    fit(toy_config(tmp_path / "plain", save_every=4, save_in_background=in_background, **arguments))
+    for step in ("step-00000004", "step-00000008"):
+        slow, plain = (bytes_of(tmp_path / name / step) for name in ("slow", "plain"))
+        assert slow == plain
+
+
+def test_a_signal_waits_for_the_write_that_is_under_way(tmp_path, monkeypatch):
+    true_save, saved = trainer_module.save_checkpoint, []
+
+    def save_checkpoint(run_dir, state):
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        saved.append(state.step)
+        return true_save(run_dir, state)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", save_checkpoint)
+    result, _ = fit(toy_config(tmp_path, steps=1000, save_every=4, eval_every=2000, keep_best=0))
+    assert result.stop_signal == signal.SIGTERM and saved[0] == 4
+    assert [step_of(path.name) for path in list_checkpoints(tmp_path)] == sorted({4, result.steps}, reverse=True)
+    assert result.checkpoint == list_checkpoints(tmp_path)[0]

@@ -31,18 +31,19 @@ class Parallelize:
 
     mesh: Mesh
 
-    def __call__(self, model: Transformer, micro_batch_size: int) -> ParallelModel:
-        return ParallelModel(model, self.mesh, micro_batch_size)
+    def __call__(self, model: Transformer, micro_batch_size: int, *, sums_gradients: bool = True) -> ParallelModel:
+        return ParallelModel(model, self.mesh, micro_batch_size, sums_gradients=sums_gradients)
 
 
 class ParallelModel:
     """What is on this process of a model that all processes built alike.
 
     model is taken apart, and must not be used otherwise from here on. module: what is here of it.
-    micro_batch_size: rows of one forward pass.
+    micro_batch_size: rows of one forward pass. sums_gradients: without, replicas stay plain models, whose gradients
+    someone else sums (tree.py).
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, micro_batch_size: int) -> None:
+    def __init__(self, model: Transformer, mesh: Mesh, micro_batch_size: int, *, sums_gradients: bool = True) -> None:
         self.mesh, self._model, self._micro_batch_size = mesh, model, micro_batch_size
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         axis = mesh.axis
@@ -64,7 +65,7 @@ class ParallelModel:
             for each in models:
                 apply_context(each, axis["context"])
         # Sharding takes parameters as it finds them, so nothing may cut them afterwards.
-        if mesh.weights.size() > 1:
+        if mesh.weights.size() > 1 and sums_gradients:
             for part in parts:
                 apply_shard(part, mesh, reshard=axis["fsdp"].size > 1 and self._pipeline is None)
         self.module: nn.Module = model if self._pipeline is None else nn.ModuleList(parts)

@@ -46,6 +46,9 @@ class TrainConfig:
     """blocks and ops: of every n-th block only, beginning with the first."""
     memory_gb: float = 0.0
     """budget: gigabytes (1e9 bytes) that weights, gradients, optimizer and activations may take together."""
+    deterministic: Literal["layout", "elastic"] = "layout"
+    """Which runs give the same bits. layout: those on the same number of processes. elastic: also those that went on
+    with another parallel.data in between; gradients are then summed in a fixed tree over the micro batches."""
     compile: bool = False
     """Run the model's forward and backward pass through torch.compile."""
     eval_every: int = 200
@@ -56,6 +59,9 @@ class TrainConfig:
     """Stop after this many evaluations without a better held-out loss; 0 never stops early."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end, and one when the run is interrupted."""
+    save_in_background: bool = True
+    """Write checkpoints while training goes on, from a copy of weights and optimizer state in host memory, which takes
+    as much again; without, training waits."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 1

@@ -52,10 +52,20 @@ if TYPE_CHECKING:
 _FIXED = (
     "model.",
     "optimizer.name:",
-    *(f"train.{name}:" for name in ("seed", "seq_len", "global_batch_size", "separate_documents")),
+    *(f"train.{name}:" for name in ("seed", "seq_len", "global_batch_size", "separate_documents", "deterministic")),
 )
+_FIXED_IN_TREE = ("train.micro_batch_size:",)  # the leaves of the sum of gradients
+# Runs of before there was a choice are of this kind.
+_DEFAULT_BEFORE = "train.deterministic: absent in the checkpoint, 'layout' now"
 _LENGTH = ("train.steps:", "train.epochs:")
-_OF_NO_CONSEQUENCE = ("train.out_dir:", "train.resume:", "train.log_every:", "train.sample_prompts:", "parallel:")
+_OF_NO_CONSEQUENCE = (
+    "train.out_dir:",
+    "train.resume:",
+    "train.log_every:",
+    "train.sample_prompts:",
+    "parallel:",
+    "train.save_in_background:",
+)
 
 
 @dataclass
@@ -190,7 +200,9 @@ def restore(
     Raises UserError if settings changed on which the state depends. Those that may change take effect, and are said.
     """
     changed = differing_fields(state.meta["config"], config.to_dict())
-    fatal = [line for line in changed if line.startswith(_FIXED)]
+    changed = [line for line in changed if line != _DEFAULT_BEFORE]
+    fixed = _FIXED + (_FIXED_IN_TREE if config.train.deterministic == "elastic" else ())
+    fatal = [line for line in changed if line.startswith(fixed)]
     if fatal:
         raise UserError(
             f"{path} was trained with other settings ({'; '.join(fatal)}); set them back, or choose another out_dir"
@@ -238,7 +250,7 @@ def _check_random_states(path: Path, state: CheckpointState, parallel: ParallelM
             f"process {everywhere.index(False)} did not get back the random states that it saved in {path}; "
             "go on from another checkpoint of the run"
         )
-    if len(saved) == size:
+    if len(saved) == size or state.meta["config"]["train"].get("deterministic") == "elastic":  # dropout has other seeds
         return []
     return [
         f"the checkpoint has random states of {len(saved)} processes and there are {size} here: dropout does not go on "

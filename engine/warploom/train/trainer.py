@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from warploom.checkpoint import rng
+from warploom.checkpoint.background import BackgroundSaver
 from warploom.checkpoint.format import CheckpointState, list_checkpoints, step_of
 from warploom.checkpoint.lock import RunLock
 from warploom.checkpoint.ranks import save_over_ranks
@@ -34,6 +35,8 @@ from warploom.optim import build_optimizers, lr_multiplier
 from warploom.parallel import heartbeat
 from warploom.parallel.config import process_seed
 from warploom.parallel.devices import spread
+from warploom.parallel.tree import TreeSum, step_seed
+from warploom.parallel.tree import check as check_tree
 from warploom.train import matmul_rate, run_state
 from warploom.train.allocator import keep_freed_memory
 from warploom.train.batch_size import find_micro_batch_size
@@ -136,11 +139,13 @@ class Trainer:
 
         Raises UserError if the run folder is in use or holds another run, if steps stay not finite after max_rewinds,
         if a GPU's memory is too small, and if the last checkpoint cannot be written. A checkpoint in between that
-        cannot be (a full disk) is reported, the run goes on, and the next one is tried at its time.
+        cannot be (a full disk) is reported when the next one is due, which is tried as if nothing had been.
         """
         with self._run_lock(), StopSignals() as signals:
             self._signals = signals
             heartbeat.report("set-up")
+            self._saver = BackgroundSaver(self._write)
+            self._stalls_s: list[float] = []
             self._set_up()
             try:
                 self._start_monitor()
@@ -156,6 +161,7 @@ class Trainer:
                     "train.micro_batch_size 0 to have it found, or train.grad_checkpointing"
                 ) from error
             finally:
+                self._saver.finish()  # before the folder is another's
                 if self._monitor is not None:
                     self._monitor.close()
         return result
@@ -214,8 +220,8 @@ class Trainer:
         train = self.config.train
         packed = keep_packed(self.model)
         self._module: nn.Module = self.model
-        self._processes: Processes = ONE_PROCESS
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._processes: Processes = self._tree_sum() if train.deterministic == "elastic" else ONE_PROCESS
         if train.compile:
             self._loss_sum = torch.compile(self._loss_sum)
         self._heldout_loss_sum: Callable[..., Tensor] = self._loss_sum
@@ -240,6 +246,9 @@ class Trainer:
             raise UserError(
                 "train.grad_checkpointing 'budget' measures one process; take 'none', 'blocks' or 'ops' for several"
             )
+        if train.deterministic == "elastic":
+            self._set_up_replicas(parallelize)
+            return
         set_kept(self.model, self.config, self.model.loss, self._sample_inputs)
         self._processes = self._parallel = parallel = parallelize(self.model, train.micro_batch_size)
         self._module, self._parameters = parallel.module, parallel.parameters
@@ -248,10 +257,38 @@ class Trainer:
             parallel.module, self.config.optimizer, muon_dtype=self._dtype, exchange=parallel.matrices
         )
 
+    def _set_up_replicas(self, parallelize: Parallelize) -> None:
+        """Replicas that compute as one process alone does, down to the bits."""
+        sizes = parallelize.mesh.config.sizes
+        others = [name for name, size in sizes.items() if name != "data" and size > 1]
+        if others:
+            raise UserError(
+                f"train.deterministic 'elastic' is for replicas, and parallel.{others[0]} is {sizes[others[0]]}; give "
+                f"parallel.{others[0]} 1, or deterministic 'layout'"
+            )
+        # First, since it counts the parameters as they are.
+        self._parallel = parallelize(self.model, self.config.train.micro_batch_size, sums_gradients=False)
+        self._set_up_alone()
+
+    def _tree_sum(self) -> TreeSum:
+        train = self.config.train
+        axis = None if self._parallel is None else self._parallel.mesh.axis["data"]
+        if not train.micro_batch_size:
+            raise UserError(
+                "train.deterministic 'elastic' sums over micro batches; give a train.micro_batch_size above 0"
+            )
+        check_tree(train.global_batch_size // train.micro_batch_size, 1 if axis is None else axis.size)
+        return TreeSum(self._parameters, lambda: step_seed(train.seed, self.progress.step), axis)
+
+    @property
+    def _is_shared_out(self) -> bool:
+        """Whether processes each take their share of the batches that they are given."""
+        return self._parallel is not None and self.config.train.deterministic == "layout"
+
     @property
     def _rows_per_read(self) -> int:
         """Rows that are read at a time: a micro batch, or, for processes that each take their share, all."""
-        return self.progress.micro_batch_size if self._parallel is None else self.config.train.global_batch_size
+        return self.config.train.global_batch_size if self._is_shared_out else self.progress.micro_batch_size
 
     def _run_lock(self) -> AbstractContextManager[object]:
         return RunLock(self.config.train.out_dir) if self._rank == 0 else nullcontext()
@@ -278,6 +315,7 @@ class Trainer:
         train, progress = self.config.train, self.progress
         self._interval_s, self._interval_steps, self._interval_tokens = 0.0, 0, 0
         self._paced_since = (time.monotonic(), progress.step)
+        self._loop_started = time.perf_counter()
         heartbeat.report(step=progress.step)
         while True:
             is_last = progress.step >= progress.num_steps
@@ -293,9 +331,10 @@ class Trainer:
                 stopped_because = f"the held-out loss was no better for {train.patience} evaluations"
             is_best = train.keep_best > 0 and progress.step == progress.best_step
             is_due = stopped_because is not None or is_best or progress.step % train.save_every == 0
-            if is_due and (progress.step, progress.evaluated_step) != self._saved:
-                self._save(is_final=stopped_because is not None)
+            if is_due:
+                self._save_when_due(is_final=stopped_because is not None)
             if stopped_because is not None:
+                self._say_stall()
                 return stopped_because, signal
             self._step()
             if self._deadline is not None:
@@ -366,6 +405,7 @@ class Trainer:
                 SkipRecord(progress.step, outcome.loss, outcome.grad_norm, train.global_batch_size, position)
             )
         if progress.nonfinite_in_a_row >= train.max_nonfinite_steps:
+            self._collect()
             run_state.rewind(
                 progress, self.model, self._optimizers, self.config, self._planned_steps, self._message, self._parallel
             )
@@ -401,7 +441,9 @@ class Trainer:
         """Take the held-out loss into the progress. A signal ends it without result; then a resumed run repeats it."""
         self._begin("evaluation")
         self._module.eval()
-        rows = self.progress.micro_batch_size * (1 if self._parallel is None else self._parallel.mesh.num_parts)
+        rows = self.progress.micro_batch_size
+        if self._parallel is not None and self._is_shared_out:
+            rows *= self._parallel.mesh.num_parts
         result = heldout_loss(
             self._heldout_loss_sum,
             self._data.heldout_batches(rows),
@@ -428,9 +470,9 @@ class Trainer:
         if self._monitor is not None:
             self._monitor.evaluation(record)
 
-    def _save(self, *, is_final: bool) -> None:
+    def _save(self) -> None:
+        """Begin to save the state of the run; _collect waits for it."""
         progress = self.progress
-        heartbeat.report("checkpoint")
         state = run_state.capture(
             progress,
             self.model,
@@ -442,13 +484,41 @@ class Trainer:
             self._run_id,
         )
         state.meta.update(self._extras)
+        self._saver.start(state)
+        self._saved = (progress.step, progress.evaluated_step)
+
+    def _collect(self, *, is_final: bool = False) -> None:
+        """Wait for the save that was begun last. One that failed is said; at the end of the run it is an error."""
         try:
-            self._checkpoint = self._write(state)
-            self._saved = (progress.step, progress.evaluated_step)
+            self._checkpoint = self._saver.wait() or self._checkpoint
         except SaveFailed as failure:  # of one process, on all
+            self._saved = (-1, -1)
             if is_final:
                 raise
             self._message(f"{failure} The run goes on, and the next checkpoint will be tried at its time.")
+
+    def _say_stall(self) -> None:
+        """Say what saving, but for the last time, has cost the steps."""
+        if self._stalls_s:
+            share = sum(self._stalls_s) / (time.perf_counter() - self._loop_started)
+            self._message(
+                f"Checkpoints: {len(self._stalls_s)} saved between steps, which waited {max(self._stalls_s):.3f} s at "
+                f"most and {share:.2%} of the time."
+            )
+
+    def _save_when_due(self, is_final: bool) -> None:
+        """Save unless the state is saved, and note how long the steps had to wait for that."""
+        progress = self.progress
+        started = time.perf_counter()
+        heartbeat.report("checkpoint")
+        self._collect()
+        if (progress.step, progress.evaluated_step) == self._saved:
+            return
+        self._save()
+        if is_final or not self.config.train.save_in_background:
+            self._collect(is_final=is_final)
+        if not is_final:
+            self._stalls_s.append(time.perf_counter() - started)
 
     def _write(self, state: CheckpointState) -> Path:
         train = self.config.train

@@ -1,0 +1,101 @@
+"""Runs of several processes that stop and go on: the same bits on the same layout, and, if asked, on a changing one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from warploom.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+ELASTIC = {"deterministic": "elastic", "dtype": "fp32"}
+DATA = {"data": -1}
+
+
+def phases(*sizes_and_ends, parallel=DATA):
+    return [[size, end, parallel] for size, end in sizes_and_ends]
+
+
+CHANGING = phases((1, 3), (2, 6), (4, 9), (1, 12))
+STOPPED_SHARDS = phases((2, 5), (2, 12), parallel={"shard": 2})
+RUNS = {
+    "elastic": [phases((1, 12)), ELASTIC],
+    "elastic, 1 to 2 to 4 to 1": [CHANGING, ELASTIC],
+    "elastic, always 4": [phases((4, 12)), ELASTIC],
+    "elastic bf16": [phases((1, 12)), {**ELASTIC, "dtype": "bf16", "optimizer": "muon"}],
+    "elastic bf16, 1 to 2 to 4 to 1": [CHANGING, {**ELASTIC, "dtype": "bf16", "optimizer": "muon"}],
+    "elastic, unbalanced tree": [CHANGING, ELASTIC, "unbalanced"],
+    "elastic, sums in a ring": [CHANGING, ELASTIC, "ring"],
+    "elastic, dropout not seeded": [CHANGING, ELASTIC, "unseeded"],
+    "two shards": [phases((2, 12), parallel={"shard": 2}), {"micro_batch_size": 4}],
+    "two shards, stopped": [STOPPED_SHARDS, {"micro_batch_size": 4}],
+    "two shards, one forgets": [STOPPED_SHARDS, {"micro_batch_size": 4}, "rank 1 forgets"],
+    "two shards, one forgets, checked": [STOPPED_SHARDS, {"micro_batch_size": 4}, "rank 1 forgets, checked"],
+}
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """How each run ended."""
+    folder = tmp_path_factory.mktemp("resumed")
+    jobs = {}
+    for number, (name, (steps, settings, *planted)) in enumerate(RUNS.items()):
+        arguments = {"out_dir": str(folder / str(number)), "phases": steps, "settings": settings}
+        jobs[name] = ["run", {**arguments, "planted": planted[0] if planted else None}]
+    path = os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels", "."))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.resumed_runs", json.dumps(jobs)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def is_same(a, b):
+    """Whether two runs ended with the same weights, optimizer state and losses, to the bit."""
+    assert "checkpoint" in a and "checkpoint" in b, (a, b)
+    states = [load_checkpoint(end["checkpoint"]) for end in (a, b)]
+    assert states[0].weights.keys() == states[1].weights.keys() and states[0].step == states[1].step == 12
+    progress = [{**state.meta["progress"], "rewinds": 0} for state in states]
+    return progress[0] == progress[1] and all(
+        torch.equal(one[name], other[name])
+        for one, other in ((states[0].weights, states[1].weights), (states[0].optimizer, states[1].optimizer))
+        for name in one
+    )
+
+
+@pytest.mark.parametrize("dtype", ["", " bf16"])
+def test_replicas_that_change_in_number_give_the_bits_of_one_process(ends, dtype):
+    assert is_same(ends[f"elastic{dtype}"], ends[f"elastic{dtype}, 1 to 2 to 4 to 1"])
+
+
+def test_four_replicas_give_the_bits_of_one_process(ends):
+    assert is_same(ends["elastic"], ends["elastic, always 4"])
+
+
+@pytest.mark.parametrize("bug", ["unbalanced tree", "sums in a ring", "dropout not seeded"])
+def test_planted_bugs_change_the_bits(ends, bug):
+    assert not is_same(ends["elastic"], ends[f"elastic, {bug}"])
+
+
+def test_the_same_layout_goes_on_bit_for_bit(ends):
+    assert is_same(ends["two shards"], ends["two shards, stopped"])
+
+
+def test_a_process_that_forgets_its_random_state_changes_the_bits(ends):
+    assert not is_same(ends["two shards"], ends["two shards, one forgets"])
+
+
+def test_a_process_that_forgets_its_random_state_is_named(ends):
+    end = ends["two shards, one forgets, checked"]
+    assert end["codes"] == [1, 1]
+    for error in end["errors"]:
+        assert "process 1 did not get back the random states that it saved in" in error.splitlines()[-1]
