@@ -175,11 +175,11 @@ class ParallelModel:
     def take_up(self, state: State) -> None:
         take_up(self, state)
 
-    def any_process(self, flag: int) -> int:
-        """Return the largest flag of all processes."""
-        value = torch.tensor(flag, device=self.mesh.device)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return int(value)
+    def any_process(self, *flags: int) -> list[int]:
+        """Return the largest of all processes for each flag."""
+        values = torch.tensor(flags, device=self.mesh.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
 
     def _micro_batches(self, batch: Inputs) -> Iterator[Inputs]:
         axis = self.mesh.axis["context"]

@@ -45,7 +45,7 @@ from warploom.train.budget import corrected_steps, is_correction_due
 from warploom.train.config import RunConfig
 from warploom.train.device import choose_device, choose_dtype, first_devices
 from warploom.train.diagnosis import diagnose
-from warploom.train.guard import StepAbandoned, StopSignals
+from warploom.train.guard import LONG_STEP_S, StepAbandoned, StopSignals
 from warploom.train.heldout import heldout_loss
 from warploom.train.monitor import (
     EvalRecord,
@@ -129,6 +129,7 @@ class Trainer:
         self._parallelize, self._rank = parallelize, 0 if parallelize is None else parallelize.mesh.rank
         self._parallel: ParallelModel | None = None
         self._begun: set[str] = set()
+        self._steps_are_long: int = True  # on one of the processes; the first step may be
         self._checkpoint: Path | None = None  # the last that was written or taken up
         self._planned_steps = config.train.steps or math.ceil(
             (config.train.epochs or 1) * self._data.num_sequences / config.train.global_batch_size
@@ -370,7 +371,7 @@ class Trainer:
         micro_batches = [next(self._stream) for _ in range(train.global_batch_size // self._rows_per_read)]
         try:
             outcome = training_step(
-                self._loss_sum if self._parallel is not None else self._loss_sum_until_signal,
+                self._loss_sum_until_signal,
                 micro_batches,
                 self._parameters,
                 self._optimizers,
@@ -383,6 +384,7 @@ class Trainer:
             rng.restore(*random_states)
             return
         step_s = time.perf_counter() - started
+        self._steps_are_long = step_s > LONG_STEP_S
         heartbeat.report(step=progress.step + 1)
 
         num_tokens = sum(batch.tokens.numel() for batch in micro_batches)
@@ -411,8 +413,12 @@ class Trainer:
             )
 
     def _loss_sum_until_signal(self, **inputs: Tensor) -> Tensor:
-        """The loss, unless a signal has been waiting for the end of the step for too long."""
-        if self._signals.overdue:
+        """The loss, unless a signal has been waiting for the end of the step for too long.
+
+        All processes give a step up at the same micro batch, so they ask each other before each where steps are long.
+        Not in a pipeline, whose schedule has all micro batches under way.
+        """
+        if (self._parallel is None or self._steps_are_long) and any(self._anywhere(self._signals.overdue)):
             raise StepAbandoned
         return self._loss_sum(**inputs)
 
@@ -532,11 +538,11 @@ class Trainer:
     def _signal(self, signals: StopSignals) -> Signals | None:
         """Return the signal that one of the processes received."""
         heartbeat.report()
-        number = self._anywhere(signals.received or 0)
+        number, self._steps_are_long = self._anywhere(signals.received or 0, self._steps_are_long)
         return Signals(number) if number else None
 
-    def _anywhere(self, flag: int) -> int:
-        return flag if self._parallel is None else self._parallel.any_process(flag)
+    def _anywhere(self, *flags: int) -> Sequence[int]:
+        return flags if self._parallel is None else self._parallel.any_process(*flags)
 
     def _sample_inputs(self, micro_batch_size: int | None = None) -> dict[str, Any]:
         size = micro_batch_size or self.config.train.micro_batch_size

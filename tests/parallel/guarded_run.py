@@ -1,7 +1,9 @@
-"""One process of the test that steps which are not finite on one process are skipped by all. Start with
-torch.distributed.run; argv[1] is a folder for the runs and one result file per rank."""
+"""One process of the tests of what one process has to tell all: that a step is not finite, that a signal came. Start
+with torch.distributed.run; argv[1] is a folder for the runs and one result file per rank."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from warploom.optim.parts import local_part
 from warploom.parallel.apply import Parallelize, ParallelModel
 from warploom.parallel.config import ParallelConfig
 from warploom.parallel.mesh import Mesh, processes
+from warploom.train import guard, trainer
 from warploom.train.trainer import Trainer
 
 LAYOUTS = {"data": {"data": 2}, "shard": {"shard": 2}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
@@ -89,13 +92,56 @@ def train(folder, sizes, poisoned):
     }
 
 
+class Signalled(ParallelModel):
+    """Where SIGTERM comes to the last process in the second of two micro batches of step 7."""
+
+    calls = 0
+
+    def loss_sum(self, *arguments, **inputs):
+        self.calls += 1
+        if self.calls == 13 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss_sum(*arguments, **inputs)
+
+
+def stop_in_a_step(folder, sizes, grace_s):
+    """Stop a run by that signal, go on, and compare with one that was not stopped."""
+    guard.GRACE_S = grace_s
+    mesh = Mesh(ParallelConfig(**sizes).resolve(dist.get_world_size()), "cpu")
+
+    def fit(name, model_class):
+        class Parallelized(Parallelize):
+            def __call__(self, model, micro_batch_size):
+                return model_class(model, self.mesh, micro_batch_size)
+
+        rows = 8 // mesh.num_parts // 2
+        config = toy_config(folder / name, steps=10, save_every=100, eval_every=100, micro_batch_size=rows)
+        trainer = Trainer(toy_model(config), ToyData(counting), config, parallelize=Parallelized(mesh))
+        return trainer.fit(), digest(trainer)
+
+    stopped, _ = fit("stopped", Signalled)
+    resumed, digest_resumed = fit("stopped", ParallelModel)
+    _, digest_straight = fit("straight", ParallelModel)
+    return {
+        "steps": stopped.steps,
+        "signal": stopped.stop_signal,
+        "resumed": resumed.steps,
+        "equal": digest_resumed == digest_straight,
+    }
+
+
 def main():
     folder = Path(sys.argv[1])
+    guard.LONG_STEP_S = trainer.LONG_STEP_S = 0.0  # each step counts as long
     torch.set_num_threads(1)
     with processes("cpu", timeout_s=120.0):
         results = {
             name: {kind: train(folder / name / kind, sizes, steps) for kind, steps in RUNS.items()}
             for name, sizes in LAYOUTS.items()
+        }
+        results["signal"] = {
+            f"{name}, {grace_s}": stop_in_a_step(folder / f"{name}-{grace_s}", LAYOUTS[name], grace_s)
+            for name, grace_s in (("data", 0), ("shard", 0), ("tensor", 0), ("shard", 60))
         }
         (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
         dist.barrier()

@@ -1,7 +1,9 @@
-"""A gradient that is not finite on one process: all skip the step, no bit changes; after three in a row all go back."""
+"""What one process has to tell all. A gradient that is not finite: all skip the step, no bit changes; after three in a
+row all go back. A signal: all give the step up at the same micro batch, and save."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,11 @@ LAYOUTS = ("data", "shard", "tensor", "pipeline")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nonfinite")
+    folder = tmp_path_factory.mktemp("guarded")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *(str(Path(__file__).with_name("nonfinite_run.py")), str(folder)),
+            *(str(Path(__file__).with_name("guarded_run.py")), str(folder)),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels", "."))},
         capture_output=True,
@@ -67,3 +69,14 @@ def test_a_run_that_is_finite_skips_nothing(results, layout):
         control = result[layout]["control"]
         assert (control["steps"], control["skipped"], control["rewinds"], control["records"]) == (14, 0, 0, [])
         assert all(before != after for _, before, after in history.values())
+
+
+@pytest.mark.parametrize("layout", ["data", "shard", "tensor"])
+def test_a_signal_to_one_process_ends_a_long_step_of_all_and_the_run_goes_on_bit_for_bit(results, layout):
+    expected = {"steps": 6, "signal": signal.SIGTERM, "resumed": 10, "equal": True}
+    assert [result["signal"][f"{layout}, 0"] for result in results] == [expected] * 2
+
+
+def test_a_step_that_ends_in_time_is_not_given_up(results):
+    expected = {"steps": 7, "signal": signal.SIGTERM, "resumed": 10, "equal": True}
+    assert [result["signal"]["shard, 60"] for result in results] == [expected] * 2
