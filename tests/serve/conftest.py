@@ -27,8 +27,9 @@ def tokenizer():
 def make_model(tokenizer):
     def make(seed=0, max_seq_len=64, **changes):
         torch.manual_seed(seed)
-        values = {"d_model": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.2, **changes}
-        return Transformer(TransformerConfig(vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len, **values))
+        values = {"d_model": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.2}
+        values |= {"vocab_size": tokenizer.vocab_size, "max_seq_len": max_seq_len, **changes}
+        return Transformer(TransformerConfig(**values))
 
     return make
 

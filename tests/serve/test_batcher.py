@@ -112,6 +112,22 @@ def test_probabilities_are_the_models(make_model, tokenizer, running):
         assert [each for each, _ in token.top] == log_probs[at].topk(3).indices.tolist()
 
 
+def test_a_padded_vocabulary_has_no_words_of_its_own(make_model, tokenizer, running):
+    """A model with more rows than the tokenizer has tokens, the likeliest words among them, as padding may make it."""
+    model = make_model(vocab_size=tokenizer.vocab_size + 40)
+    with torch.no_grad():
+        model.output_weight[tokenizer.vocab_size :] *= 50
+    sampling = [SamplingConfig(temperature=1.0, max_new_tokens=30, seed=2, repetition_penalty=1.2), SETTINGS[0]]
+    callers = [Caller(tokenizer.encode("the quick"), each, tokenizer, num_top=5) for each in sampling]
+    batcher = running(model, tokenizer)
+    for caller in callers:
+        batcher.submit([caller.generation])
+    for caller in callers:
+        tokens, _, finish = caller.result()
+        assert finish.reason in ("stop", "length") and tokens
+        assert max(id for token in tokens for id in (token.id, *(each for each, _ in token.top))) < tokenizer.vocab_size
+
+
 def test_the_context_ends_a_request(make_model, tokenizer, running):
     model = make_model(max_seq_len=12)
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=100)

@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from warploom.data.tokenizer import Tokenizer
 from warploom.generate.cache import KeyValueCache
 from warploom.generate.distribution import SamplingConfig, draw, penalise_repetition, probabilities
-from warploom.generate.sampler import TextCodec, TextStream, pad_right
+from warploom.generate.sampler import TextStream, pad_right
 from warploom.generate.slots import SlotCache
 from warploom.models.transformer import Transformer
 
@@ -87,7 +88,7 @@ class BatcherStopped(Exception):
 class Batcher:
     """Decodes one model for up to num_slots requests at once, with up to max_queue more waiting."""
 
-    def __init__(self, model: Transformer, tokenizer: TextCodec, *, num_slots: int = 8, max_queue: int = 32) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, num_slots: int = 8, max_queue: int = 32) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self._num_slots, self._max_queue = num_slots, max_queue
         self._cache = SlotCache(num_slots, model.config.max_seq_len)
@@ -179,7 +180,7 @@ class Batcher:
     def _seen(self, generation: Generation) -> Tensor | None:
         if generation.sampling.repetition_penalty == 1.0:
             return None
-        seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool)
+        seen = torch.zeros(min(self.model.config.vocab_size, self.tokenizer.vocab_size), dtype=torch.bool)
         seen[torch.tensor(generation.prompt[1:], dtype=torch.int64)] = True
         return seen
 
@@ -200,7 +201,9 @@ class Batcher:
     def _draw(self, hidden: Tensor, rows: Sequence[int]) -> None:
         """Draw the next token of these rows from their hidden states (B, C), and tell those who asked."""
         logits = self.model.logits(hidden).float().cpu()
-        log_probs = logits.log_softmax(-1)
+        # A vocabulary that was padded for speed has rows that no token goes with; they are never drawn.
+        known = min(logits.shape[-1], self.tokenizer.vocab_size)
+        logits, log_probs = logits[:, :known], logits.log_softmax(-1)[:, :known]
         drawn = self._next_tokens(logits, [self._rows[row] for row in rows])
         for at, row in reversed(list(enumerate(rows))):  # from the last, since a row that ends moves those behind it
             if self._take(self._rows[row], drawn[at], log_probs[at]):
