@@ -1,7 +1,7 @@
 """How a kernel is launched: with which tile sizes, warps and stages; and how a launch is looked at without a GPU.
 
 Every kernel ships a short list of configurations for each kind of card, best guess first. `warploom tune` measures them
-for the shapes that a run has and keeps the fastest in a file per card (`TUNED_FOLDER`); without an entry there the
+for the shapes that a run has and keeps the fastest in a file per card (_tuned_files.py); without an entry there the
 first serves. Nothing is measured unasked: a first step is never slow, and no choice varies from run to run.
 """
 
@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
-import os
-import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-TUNED_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "warploom" / "tuned"
+from warploom_kernels import _tuned_files
+
 INTERPRETER = 0  # the architecture of the CPU, where Triton's interpreter runs kernels
 
 _log = logging.getLogger(__name__)
@@ -156,7 +153,7 @@ def _chosen(key: str, configs: Sequence[Config], run: Callable[[Config], None], 
     times_ms = {index: _measure(functools.partial(run, config)) for index, config in enumerate(configs)}
     best = configs[min(times_ms, key=lambda index: times_ms[index])]
     entries[key] = best.as_record()
-    _write(device.index or 0, entries)
+    _tuned_files.write(tuned_file(device.index or 0), entries)
     _log.info("%s: %s of %s ms", key, entries[key], times_ms)
     return best
 
@@ -167,29 +164,9 @@ def _measure(run: Callable[[], None]) -> float:
 
 def tuned_file(index: int = 0) -> Path:
     """Where the choices for the kernels of this card are kept."""
-    card = re.sub(r"\W+", "-", torch.cuda.get_device_name(index)).strip("-").lower()
-    return TUNED_FOLDER / f"{card}.kernels.json"
+    return _tuned_files.tuned_file("kernels", index)
 
 
 @functools.cache
 def _entries(index: int) -> dict[str, dict[str, int]]:
-    path = tuned_file(index)
-    if not path.exists():
-        return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        entries = None
-    if not isinstance(entries, dict):
-        warnings.warn(f"{path} is damaged, so no kernel is tuned; run `warploom tune` again", stacklevel=2)
-        return {}
-    return entries
-
-
-def _write(index: int, entries: Mapping[str, Mapping[str, int]]) -> None:
-    """Two processes may write at once: each writes a file of its own and renames it."""
-    path = tuned_file(index)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    mine = path.with_suffix(f".{os.getpid()}")
-    mine.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    mine.replace(path)
+    return _tuned_files.read(tuned_file(index))

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from warploom.ops import REGISTRY, Op, _extension, _triton
+from warploom.ops import REGISTRY, Op, _extension, _triton, _tuning
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,21 @@ def _choice(op: Op, device: str) -> tuple[str, str]:
         refusal = op.refusal(forced, device)
         why = ["demanded by WARPLOOM_BACKEND" + (f", but it cannot be used: {refusal}" if refusal else "")]
     else:
-        why = ["the first in order that can be used here"]
+        why = ["the first in order that can be used here", *_measured(op, device)]
     for name in op.backends:
         if name != chosen:
             refusal = op.refusal(name, device)
             why.append(f"not {name}: {refusal or (f'{chosen} was demanded' if forced else f'{chosen} comes first')}")
     return chosen, "; ".join(why)
+
+
+def _measured(op: Op, device: str) -> list[str]:
+    """Who won where calls of the op were measured on this card."""
+    won = _tuning.counts(op.name) if device in _tuning.MEASURED_DEVICES else None
+    if not won:
+        return []
+    wins = ", ".join(f"{name} {count}" for name, count in won.most_common())
+    return [f"of {won.total()} kinds of call measured on this card the fastest is: {wins}"]
 
 
 def _gpus() -> list[str]:
@@ -104,11 +113,16 @@ def _gpus() -> list[str]:
 
 
 def _tuned() -> str:
-    """Where the Triton kernels' tile sizes come from."""
-    if _triton.missing() is not None or not _gpus():
-        return "the table of defaults; warploom tune measures them where there is a GPU"
-    path = _triton.tuned_file()
-    return f"measured on this card, {path}" if path.exists() else "the table of defaults; warploom tune measures them"
+    """Where the choice of back ends, and of the Triton kernels' tile sizes, comes from."""
+    if not _gpus():
+        return "back ends and tiles by the tables of defaults; warploom tune measures them where there is a GPU"
+    files = {"back ends": _tuning.file()} | ({"tiles": _triton.tuned_file()} if _triton.missing() is None else {})
+    return "; ".join(
+        f"{what} measured on this card, {path}"
+        if path.exists()
+        else f"{what} by the table of defaults, until warploom tune measures them"
+        for what, path in files.items()
+    )
 
 
 def _version(package: str) -> str:

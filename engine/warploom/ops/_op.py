@@ -19,13 +19,15 @@ from typing import Any
 import torch
 
 from warploom.errors import UserError, nearest
+from warploom.ops import _tuning
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Tried in this order; an op's record decides which of them exist.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 REGISTRY: dict[str, Op] = {}
 _Objection = Callable[..., "str | None"]
-_Candidate = tuple["Backend", _Objection, _Objection, str]  # why not these arguments, why another first, key in calls
+# The back end and its name, why not these arguments, why another first, key in calls.
+_Candidate = tuple["Backend", str, _Objection, _Objection, str]
 
 _LIBRARY = torch.library.Library("warploom", "DEF")
 _log = logging.getLogger(__name__)
@@ -130,8 +132,9 @@ class Op:
         usable: dict[str, list[_Candidate]] = {}
 
         def dispatch(*args: Any) -> Any:
-            first = args[0]
-            device = (first[0] if isinstance(first, list) else first).device.type
+            first = args[0][0] if isinstance(args[0], list) else args[0]
+            device = first.device.type
+            winner = None
             if check is not None and device == "cpu":
                 check(*args)
             forced = _forced.get(self.name, _forced.get("*")) if _forced else None
@@ -147,8 +150,11 @@ class Op:
                     names = (name for name in _order(device) if self.refusal(name, device) is None)
                     usable[device] = [self._candidate(name, suffix) for name in names]
                 candidates = usable[device]
-            for backend, refuses, slower, key in candidates:
-                if refuses(*args) is None and (forced is not None or slower(*args) is None):
+                if device in _tuning.MEASURED_DEVICES:
+                    winner = self._winner(suffix, first.device, args, candidates)
+                    candidates = sorted(candidates, key=lambda candidate: candidate[1] != winner)
+            for backend, name, refuses, slower, key in candidates:
+                if refuses(*args) is None and (forced is not None or name == winner or slower(*args) is None):
                     if key not in calls:
                         _log.info("%s: %s runs", self.name, key)
                     calls[key] += 1
@@ -160,7 +166,19 @@ class Op:
     def _candidate(self, name: str, suffix: str) -> _Candidate:
         backend = self.backends[name]
         refuses, slower = backend.refuses.get(suffix, _takes_all), backend.slower.get(suffix, _takes_all)
-        return backend, refuses, slower, f"{suffix}/{name}"
+        return backend, name, refuses, slower, f"{suffix}/{name}"
+
+    def _winner(
+        self, suffix: str, device: torch.device, args: tuple[Any, ...], candidates: list[_Candidate]
+    ) -> str | None:
+        """Name the back end that was measured as the fastest for these arguments, None if none was."""
+        operator = f"{self.name}_{suffix}"
+        winner = _tuning.winner(operator, device, args)
+        if winner is None and _tuning.is_active(device.type):
+            takers = [candidate for candidate in candidates if candidate[2](*args) is None]
+            _tuning.measure(operator, device, args, {name: b.kernels[suffix] for b, name, *_ in takers})
+            winner = _tuning.winner(operator, device, args)
+        return winner
 
     def refusal(self, name: str, device: str, suffix: str | None = None, *args: Any) -> str | None:
         """Say why the back end cannot serve this device (and these arguments of operator `suffix`), None if it can."""
