@@ -48,7 +48,6 @@ def save_in_place(run_dir, state, ranks):
 
 def overwrite(run_dir, state, ranks):
     """Each process replaces its files in the old checkpoint."""
-    state.step = OLD
     folder = Path(run_dir, fmt.folder_name(OLD))
     for path in folder.iterdir():
         if f"rank{ranks.rank:05d}" in path.name or (ranks.rank == 0 and "rank" not in path.name):
@@ -104,6 +103,8 @@ class Trial:
         results = together(size, lambda r: save_over_ranks(self.run_dir, share(self.states[OLD], r.rank, size), r))
         save._fsync = quiet
         assert all(isinstance(result, Path) for result in results), results
+        if action == "overwrite":
+            self.states[NEW].step = OLD
         self.known = {digest(whole(self.states[step], size)): name for step, name in ((OLD, "old"), (NEW, "new"))}
 
     def start(self, hook=None):

@@ -41,6 +41,11 @@ class BackgroundSaver:
         save, self._save = self._save, None
         return None if save is None else save.result()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether no save is under way."""
+        return self._save is None or self._save.done()
+
     def finish(self) -> None:
         """Wait for the save that was begun, however it goes, and end the thread."""
         self._executor.shutdown()

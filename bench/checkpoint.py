@@ -1,0 +1,268 @@
+"""Checkpoints: how long a save takes and what it costs the steps; and what the same bits on any layout cost.
+
+    python -m bench.checkpoint [--config small] [--dtype bf16] [--every 100] [--folder DIR] [--json FILE]
+
+save: seconds of save_checkpoint with all fsyncs, of writing as many bytes to one file with one fsync, and of the
+checksums alone, taking turns. beside the training: steps are made, and every so many of them the state is saved in the
+background as the trainer does it; stall is the time that a save held the steps up (waiting for the save before, taking
+the copy), slower what the steps took longer while a thread wrote, both as shares of the time between two saves.
+elastic: a step of several micro batches whose gradients are summed in a tree, against the usual one, taking turns.
+What was saved is loaded and compared, and the steps' losses, before anything is printed; else the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+import xxhash
+from torch import Tensor
+
+from bench.harness import interleave, print_fingerprint, print_table, write_records
+from bench.step import CASES, DTYPES
+from warploom.checkpoint import CheckpointState, flatten_optimizer, load_checkpoint, save_checkpoint
+from warploom.checkpoint.background import BackgroundSaver
+from warploom.checkpoint.tensors import tensor_bytes
+from warploom.models.transformer import Transformer
+from warploom.nn.linear import keep_packed
+from warploom.optim import AdamW
+from warploom.parallel.tree import TreeSum, step_seed
+from warploom.train.allocator import keep_freed_memory
+from warploom.train.step import ONE_PROCESS, Processes, training_step
+
+
+@dataclass(frozen=True)
+class _Batch:
+    tokens: Tensor
+    targets: Tensor
+
+
+class Run:
+    """A model in training on random tokens, a few micro batches a step."""
+
+    def __init__(self, config: str, dtype: torch.dtype, num_micro_batches: int, *, elastic: bool = False) -> None:
+        case = CASES[config]
+        torch.manual_seed(0)
+        self.model = Transformer(case.model)
+        self.model.compute_dtype = dtype
+        rows = max(1, case.batch_size // num_micro_batches)
+        drawn = [torch.randint(case.model.vocab_size, (rows, case.seq_len + 1)) for _ in range(num_micro_batches)]
+        self._batches = [_Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) for tokens in drawn]
+        self._parameters = list(self.model.parameters())
+        self._optimizer = AdamW(self._parameters, lr=3e-4)
+        self._optimizer.pack_into(keep_packed(self.model))
+        self._loss_sum = functools.partial(self.model.loss, reduction="sum")
+        self._processes: Processes = ONE_PROCESS
+        if elastic:
+            self._processes = TreeSum(self._parameters, lambda: step_seed(0, self.num_steps), None)
+        self.num_steps = 0
+
+    def step(self) -> float:
+        self.num_steps += 1
+        return training_step(
+            self._loss_sum,
+            self._batches,
+            self._parameters,
+            [self._optimizer],
+            grad_clip=1.0,
+            processes=self._processes,
+        ).loss
+
+    def state(self) -> CheckpointState:
+        tensors, values = flatten_optimizer(self._optimizer, self.model.named_parameters())
+        return CheckpointState(self.num_steps, self.model.state_dict(), tensors, meta={"optimizer": values})
+
+
+def bench_save(run: Run, folder: Path, budget_s: float) -> dict[str, Any]:
+    state = run.state()
+    tensors = [*state.weights.values(), *state.optimizer.values()]
+    num_bytes = sum(tensor.nbytes for tensor in tensors)
+
+    def one_file() -> None:
+        path = folder / "plain"
+        with open(path, "wb", buffering=0) as file:
+            for tensor in tensors:
+                file.write(tensor_bytes(tensor))
+            os.fsync(file.fileno())
+        path.unlink()
+
+    def checksums() -> None:
+        whole = xxhash.xxh3_128()
+        for tensor in tensors:  # each byte twice, as the tensor's and as the file's
+            whole.update(tensor_bytes(tensor))
+            xxhash.xxh3_128(tensor_bytes(tensor)).hexdigest()
+
+    calls: dict[str, Callable[[], object]] = {
+        "save": lambda: save_checkpoint(folder / "run", state),
+        "one file, one fsync": one_file,
+        "checksums": checksums,
+    }
+    timings = interleave(calls, budget_s=budget_s)
+    _require_equal(run, folder / "run")
+    save_s = timings["save"].median_s
+    return {
+        "bytes": num_bytes,
+        "save_s": save_s,
+        "save_mb_per_s": num_bytes / save_s / 1e6,
+        "one_file_s": timings["one file, one fsync"].median_s,
+        "checksums_share": timings["checksums"].median_s / save_s,
+        "spread": timings["save"].spread,
+    }
+
+
+def _require_equal(run: Run, run_dir: Path) -> None:
+    state = run.state()
+    found = load_checkpoint(run_dir / f"step-{state.step:08d}")
+    pairs = ((state.weights, found.weights), (state.optimizer, found.optimizer))
+    if not all(torch.equal(saved[name], read[name]) for saved, read in pairs for name in saved):
+        sys.exit("what was saved is not what is read back, so nothing is printed")
+
+
+def bench_beside(run: Run, folder: Path, every: int, num_saves: int) -> dict[str, Any]:
+    run_dir = folder / "beside"
+    saver = BackgroundSaver(lambda state: save_checkpoint(run_dir, state))
+    stalls, times, written = [], [], []
+
+    def save() -> None:
+        started = time.perf_counter()
+        saver.wait()
+        saver.start(run.state())
+        stalls.append(time.perf_counter() - started)
+
+    save()  # the first pays for the copy's memory
+    saver.wait()
+    stalls.clear()
+    began = time.perf_counter()
+    for number in range(num_saves * every):
+        if number % every == 0:
+            save()
+        is_writing = not saver.is_done
+        started = time.perf_counter()
+        run.step()
+        times.append(time.perf_counter() - started)
+        written.append(is_writing)
+    interval_s = (time.perf_counter() - began) / num_saves
+    saver.wait()
+    saver.start(run.state())
+    saver.wait()
+    saver.finish()
+    _require_equal(run, run_dir)
+    quiet = [step_s for step_s, is_writing in zip(times, written, strict=True) if not is_writing]
+    step_s = statistics.median(quiet or times)
+    slower_s = sum(t - step_s for t, is_writing in zip(times, written, strict=True) if is_writing) / num_saves
+    return {
+        "step_s": step_s,
+        "interval_s": interval_s,
+        "stall_s": statistics.median(stalls),
+        "stall_share": statistics.mean(stalls) / interval_s,
+        "slower_share": slower_s / interval_s,
+    }
+
+
+def bench_elastic(config: str, dtype: torch.dtype, num_micro_batches: int, budget_s: float) -> dict[str, Any]:
+    runs = {name: Run(config, dtype, num_micro_batches, elastic=name == "elastic") for name in ("layout", "elastic")}
+    for _ in range(3):
+        losses = [run.step() for run in runs.values()]
+        if not abs(losses[0] - losses[1]) <= 1e-3 * abs(losses[0]):
+            sys.exit(f"the losses are {losses}, so nothing is printed")
+    timings = interleave({name: run.step for name, run in runs.items()}, budget_s=budget_s)
+    layout, elastic = timings["layout"], timings["elastic"]
+    return {
+        "layout_s": layout.median_s,
+        "elastic_s": elastic.median_s,
+        "added": elastic.median_s / layout.median_s - 1,
+        "added_to_fastest": elastic.min_s / layout.min_s - 1,
+        "spread": layout.spread,
+    }
+
+
+@dataclass(frozen=True)
+class Command:
+    """Time checkpoints, and the steps beside them."""
+
+    config: Literal["small", "gpt2"] = "small"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    every: int = 100
+    """Steps between two saves."""
+    saves: int = 2
+    """Saves beside the training."""
+    micro_batches: int = 4
+    """elastic: micro batches of a step."""
+    folder: Path | None = None
+    """Where to write; None takes a temporary folder."""
+    budget_s: float = 10.0
+    """Seconds for each part whose subjects take turns."""
+    json: Path | None = None
+
+    def run(self) -> None:
+        keep_freed_memory()
+        print_fingerprint()
+        folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=self.folder))
+        try:
+            run = Run(self.config, DTYPES[self.dtype], 1)
+            for _ in range(3):
+                run.step()
+            save = bench_save(run, folder, self.budget_s)
+            beside = bench_beside(run, folder, self.every, self.saves)
+        finally:
+            shutil.rmtree(folder)
+        elastic = bench_elastic(self.config, DTYPES[self.dtype], self.micro_batches, self.budget_s)
+        print_table(
+            f"save: {self.config}, {save['bytes'] / 1e6:,.0f} MB of weights and moments",
+            ("", "s", "MB/s", "spread", "one file, one fsync: s", "checksums, of the save"),
+            [
+                (
+                    "save_checkpoint",
+                    f"{save['save_s']:.3f}",
+                    f"{save['save_mb_per_s']:,.0f}",
+                    f"{save['spread']:.0%}",
+                    f"{save['one_file_s']:.3f}",
+                    f"{save['checksums_share']:.1%}",
+                )
+            ],
+        )
+        print_table(
+            f"beside the training: a save every {self.every} steps",
+            ("", "step ms", "between saves s", "stall ms", "stall", "slower"),
+            [
+                (
+                    f"{self.config} {self.dtype}",
+                    f"{beside['step_s'] * 1e3:.1f}",
+                    f"{beside['interval_s']:.1f}",
+                    f"{beside['stall_s'] * 1e3:.1f}",
+                    f"{beside['stall_share']:.2%}",
+                    f"{beside['slower_share']:.2%}",
+                )
+            ],
+        )
+        print_table(
+            f"elastic: {self.micro_batches} micro batches",
+            ("", "layout ms", "elastic ms", "added", "added, fastest steps", "spread"),
+            [
+                (
+                    f"{self.config} {self.dtype}",
+                    f"{elastic['layout_s'] * 1e3:.1f}",
+                    f"{elastic['elastic_s'] * 1e3:.1f}",
+                    f"{elastic['added']:+.1%}",
+                    f"{elastic['added_to_fastest']:+.1%}",
+                    f"{elastic['spread']:.0%}",
+                )
+            ],
+        )
+        parts = {"save": save, "beside": beside, "elastic": elastic}
+        write_records(self.json, [{"part": name, **part} for name, part in parts.items()])
+
+
+if __name__ == "__main__":
+    tyro.cli(Command).run()
