@@ -60,8 +60,8 @@ class BackgroundSaver:
         for tensor, place in zip(tensors, self._memory[: sum(sizes)].split(sizes), strict=True):
             copy = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             copies.append(copy.copy_(tensor.detach(), non_blocking=True))
-        if any(tensor.is_cuda for tensor in tensors):
-            torch.cuda.synchronize()
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
         found = iter(copies)
         weights, optimizer, rng = ({name: next(found) for name in group} for group in groups)
         return dataclasses.replace(state, weights=weights, optimizer=optimizer, rng=rng)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from warploom.errors import UserError
 from warploom.ops import grad_norm
+from warploom.parallel import heartbeat
 
 if TYPE_CHECKING:
     from warploom.parallel.mesh import Axis
@@ -42,7 +43,9 @@ class TreeSum:
 
         def leaf(index: int) -> list[Tensor]:
             torch.manual_seed((seed + index) % 2**63)
+            heartbeat.report(part="forward")
             loss = loss_sum(**batches[index]) / num_targets
+            heartbeat.report(part="backward")
             loss.backward()
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
             for parameter in self._parameters:
@@ -58,6 +61,7 @@ class TreeSum:
             return sums
 
         sums = tree(first, first + num_leaves)
+        heartbeat.report(part="exchange")
         if self._axis is not None and self._size > 1:
             _sum_over(sums, self._axis)
         for parameter, grad in zip(self._parameters, sums, strict=False):

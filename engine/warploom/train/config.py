@@ -61,7 +61,7 @@ class TrainConfig:
     """Steps between checkpoints; there is always one at the end, and one when the run is interrupted."""
     save_in_background: bool = True
     """Write checkpoints while training goes on, from a copy of weights and optimizer state in host memory, which takes
-    as much again; without, training waits."""
+    as much again; without, and with parallel.check_collectives, training waits."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 1

@@ -521,7 +521,9 @@ class Trainer:
         if (progress.step, progress.evaluated_step) == self._saved:
             return
         self._save()
-        if is_final or not self.config.train.save_in_background:
+        # Collectives that are compared must come one after the other, and a save has some of its own.
+        waits = not self.config.train.save_in_background or self.config.parallel.check_collectives
+        if is_final or waits:
             self._collect(is_final=is_final)
         if not is_final:
             self._stalls_s.append(time.perf_counter() - started)
