@@ -4,6 +4,7 @@ cheapest change after which one does."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -71,13 +72,25 @@ def fastest(
     least_bytes = (16 if workload.optimizer.name == "adamw" else 12) * num_parameters(workload.model)
     timed = [(step_time(workload, layout, hardware).total, index) for index, layout in enumerate(options)]
     heapq.heapify(timed)
+
+    @functools.cache
+    def fitting(layout: Layout) -> Forecast | None:
+        micro = layout.micro_batch_size
+        # Half the rows take no more, and fewer sizes are traced from below. Of one micro batch the gradients are not
+        # all there at the peak, so of that two halves say nothing.
+        if micro > 1 and micro % 2 == 0 and layout.micro_batches(workload.global_batch_size) > 1:
+            if fitting(dataclasses.replace(layout, micro_batch_size=micro // 2)) is None:
+                return None
+        one = forecast(workload, layout, hardware)
+        return one if one.fits else None
+
     while timed and len(found) < most:
         layout = options[heapq.heappop(timed)[1]]
         product = (layout.data, layout.shard, layout.tensor, layout.pipeline, layout.context)
         if product in seen or least_bytes / (layout.shard * layout.tensor * layout.pipeline) > room:
             continue
-        one = forecast(workload, layout, hardware)
-        if one.fits:
+        one = fitting(layout)
+        if one is not None:
             found.append(one)
             seen.add(product)
     return found
