@@ -86,10 +86,7 @@ template <class E, int rows, int panels, bool accumulate>
 WARPLOOM_INLINE void register_block(int64_t K, const E* a, int64_t a_stride, const E* b, int64_t panel_stride,
                                     Sum<E>* c, int64_t c_stride) {
   constexpr int lanes = kLanes<Lanes<E>>, per_panel = kPanel / lanes, vectors = panels * per_panel;
-  Lanes<E> sums[rows][vectors];
-  for (int r = 0; r < rows; ++r) {
-    for (int j = 0; j < vectors; ++j) sums[r][j] = accumulate ? load(c + r * c_stride + j * lanes) : Lanes<E>{};
-  }
+  Lanes<E> sums[rows][vectors] = {};
   for (int64_t k = 0; k < K; k += kGroup<E>) {
     decltype(right_vector(b)) right[vectors];
     for (int j = 0; j < vectors; ++j) {
@@ -101,7 +98,7 @@ WARPLOOM_INLINE void register_block(int64_t K, const E* a, int64_t a_stride, con
     }
   }
   for (int r = 0; r < rows; ++r) {
-    for (int j = 0; j < vectors; ++j) store(c + r * c_stride + j * lanes, sums[r][j]);
+    for (int j = 0; j < vectors; ++j) add_or_store(c + r * c_stride + j * lanes, sums[r][j], accumulate);
   }
 }
 

@@ -96,6 +96,22 @@ struct PendingTile {
   }
 };
 
+// How a product goes through its depth K.
+template <class T, class A>
+struct DepthRanges {
+  using Tile = typename TileOf<T>::type;
+  // Shorter where A is packed, so that a block is wide and its part of A is packed for many columns.
+  static constexpr int64_t kMost = Tile::template kReadsRows<A> ? Tile::kDepthPerBlock : Tile::kDepthPacked;
+
+  // Of about equal length; one empty range if there is no k, since C must still be written.
+  static int64_t count(int64_t K) { return K > kMost ? (K + kMost - 1) / kMost : 1; }
+  static int64_t length(int64_t K) { return round_up_to((K + count(K) - 1) / count(K), Tile::kDepth); }
+  // Tiles of a block's columns: as many as the cache has room for at ranges of this length.
+  static int64_t tiles_per_block(int64_t length) {
+    return larger(Tile::kSizeOfBlockB / larger(length, 1) / Tile::kCols, 1);
+  }
+};
+
 // C = the sum over i < count of as[i] * bs[i]: products that end in one sum never wait in memory for one another. P of
 // all as is M, as[i].K is bs[i].K. epilogue(m, n, v, lanes) receives the sums of row m from column n on, as one vector,
 // exactly once per element, and stores what becomes of them; it holds what it needs by value. a_sums: null, or M
@@ -110,19 +126,13 @@ static void gemm_sum(const A* as, const RightPanels<T>* bs, int count, const Epi
   constexpr int64_t kPanelsOfA = Tile::kRowsPerBlock / kRows;
   const int64_t M = as[0].P, N = bs[0].N;
 
-  // Shorter where A is packed, so that a block is wide and its part of A is packed for many columns. Ranges of a
-  // product are of about equal length; one empty range if there is no k, since C must still be written.
-  const int64_t most = Tile::template kReadsRows<A> ? Tile::kDepthPerBlock : Tile::kDepthPacked;
-  const auto ranges_of = [=](int64_t K) { return K > most ? (K + most - 1) / most : 1; };
-  const auto length_of = [=](int64_t K) { return round_up_to((K + ranges_of(K) - 1) / ranges_of(K), kDepth); };
+  using Depths = DepthRanges<T, A>;
   int64_t ranges = 0, longest = 0;
   for (int i = 0; i < count; ++i) {
-    ranges += ranges_of(as[i].K);
-    longest = larger(longest, length_of(as[i].K));
+    ranges += Depths::count(as[i].K);
+    longest = larger(longest, Depths::length(as[i].K));
   }
-  // As many columns as the cache has room for at this depth.
-  const int64_t tiles_n = (N + kCols - 1) / kCols;
-  const int64_t tiles_wide = larger(Tile::kSizeOfBlockB / larger(longest, 1) / kCols, 1);
+  const int64_t tiles_n = (N + kCols - 1) / kCols, tiles_wide = Depths::tiles_per_block(longest);
   const int64_t blocks_n = (tiles_n + tiles_wide - 1) / tiles_wide, panels_m = (M + kRows - 1) / kRows;
   // Few blocks are cut finer until all threads get equally many: a larger block reads less for each product, but nobody
   // gains by waiting. An element's sum does not depend on the block it is in.
@@ -149,7 +159,7 @@ static void gemm_sum(const A* as, const RightPanels<T>* bs, int count, const Epi
       const A& a = as[product];
       const RightPanels<T>& b = bs[product];
       const int64_t K = a.K, panel_b = RightPanels<T>::panel_size(K), k_begin = k_end;
-      k_end = smaller(k_begin + length_of(K), K);
+      k_end = smaller(k_begin + Depths::length(K), K);
       const int64_t depth = round_up_to(k_end - k_begin, kDepth);
       // Whole panels are read as they lie where the tile can, others are packed.
       const int64_t whole = Tile::template kReadsRows<A> && k_begin + depth <= K ? (M - m_begin) / kRows : 0;

@@ -79,9 +79,10 @@ void linear_cross_entropy_fwd(const LinearCrossEntropyForward<T, W>& args) {
   using V = Lanes<T>;
   using S = Sum<T>;
   const int64_t N = args.N, C = args.C;
-  // As many words as one block of columns holds: so a thread packs its words, and multiplies them while they are near.
-  const int64_t fitting = RightPanels<T>::Tile::kSizeOfBlockB / larger(C, 1) / RightPanels<T>::Tile::kCols;
-  const int64_t per_block = larger(fitting, 1) * RightPanels<T>::Tile::kCols;
+  // As many words as one block of the product's columns holds: so a thread packs its words, and multiplies them while
+  // they are near. More would be two blocks, and two threads would add to the sums of one row at once.
+  using Depths = DepthRanges<T, Operand<T, /*kAlongK=*/true>>;
+  const int64_t per_block = Depths::tiles_per_block(Depths::length(C)) * RightPanels<T>::Tile::kCols;
   const int64_t blocks = (args.V + per_block - 1) / per_block;
   S* block_lse = scratch<S>(0, blocks * N);  // (blocks, N)
   S* target_logits = scratch<S>(1, N);

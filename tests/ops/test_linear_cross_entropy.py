@@ -60,3 +60,19 @@ def test_ignored_rows_may_hold_anything():
     (dweight,) = torch.autograd.grad(loss, weight)
     assert loss.isfinite()
     assert torch.equal(dweight, expected)
+
+
+def test_same_bits_for_many_words_of_few_numbers():
+    """So narrow, one block of words is two blocks of a product's columns unless the two are cut alike, and then two
+    threads add to the sums of one row at once. As many rows as one block has, so that they are the same ones."""
+    N, C, V = 256, 40, 6500
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, C, generator=generator).bfloat16() for n in (N, V))
+    targets = torch.randint(V, (N,), generator=generator)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        losses = {linear_cross_entropy(hidden, weight, targets).item() for _ in range(30)}
+    finally:
+        torch.set_num_threads(threads)
+    assert len(losses) == 1
