@@ -83,9 +83,15 @@ def banned_calls(tree):
                 yield node.lineno, f"except {caught} without raise"
 
 
+# Running a program that a model wrote is the whole purpose of this file; an error of the program is its result.
+MAY_RUN_CODE = {"warploom.evaluate.sandbox_child": {"exec", "compile", "except BaseException without raise"}}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_nothing_unpickles_evaluates_or_swallows(path):
-    assert list(banned_calls(ast.parse(path.read_text(encoding="utf-8")))) == []
+    allowed = MAY_RUN_CODE.get(module_name(path), set())
+    found = {what for _, what in banned_calls(ast.parse(path.read_text(encoding="utf-8")))}
+    assert found - allowed == set()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 
 from warploom.cli.main import main
 from warploom.errors import UserError
-from warploom.evaluate.run import EvalConfig, evaluate_tasks, find_tasks
+from warploom.evaluate.config import EvalConfig
+from warploom.evaluate.run import evaluate_tasks, find_tasks
 from warploom.train.load_model import load_model
 
 NAMES = ["arc_easy", "hellaswag", "mmlu", "truthfulqa"]
@@ -64,7 +65,9 @@ def test_what_is_answered_is_not_asked_again(evaluated, checkpoint, task_folder,
     task = find_tasks(["mmlu"])[0]
     answer = type(task).answer
     monkeypatch.setattr(
-        type(task), "answer", lambda self, model, items: asked.extend(items) or answer(self, model, items)
+        type(task),
+        "answer",
+        lambda self, model, items, config: asked.extend(items) or answer(self, model, items, config),
     )
     summaries = evaluate_tasks(load_model(checkpoint), [task], [task_folder], out)
     assert len(asked) == 8 - 3

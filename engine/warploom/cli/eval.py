@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from warploom.errors import UserError
+from warploom.evaluate.config import EvalConfig
 from warploom.evaluate.perplexity import evaluate
-from warploom.evaluate.run import EvalConfig, evaluate_tasks, find_tasks
+from warploom.evaluate.run import evaluate_tasks, find_tasks
 from warploom.train.device import choose_device
 from warploom.train.load_model import LoadedModel, load_model
 

@@ -2,7 +2,8 @@
 that was interrupted goes on from what is there.
 
     settings.json     which model, by the checksum of its weights, and in which precision
-    <task>.jsonl      first line: how the task was put; then a record per item (evaluate.task.Record)
+    <task>.jsonl      first line: how the task was put; then a record per item (evaluate.task.Record), the last of an
+                      item is the one that counts
     results.json      the figures of each task that is done
 """
 

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import xxhash
 
 from warploom.errors import UserError, nearest
+from warploom.evaluate.config import EvalConfig
 from warploom.evaluate.results import ResultsFolder
 from warploom.evaluate.task import Item, Record, Task, TaskFiles
 from warploom.evaluate.tasks import TASKS
 from warploom.evaluate.text_model import TextModel, text_model
 from warploom.train.load_model import LoadedModel, base_record
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """How benchmarks are put."""
-
-    limit: int | None = None
-    """Items of each task, and of each subject of MMLU, from the first; None takes all."""
-    shots: int | None = None
-    """Worked examples before each question; None takes each task's own number."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Compute type; logits are computed in fp32 either way."""
-    batch_size: int = 16
-    """Texts written at a time, where a task asks for text."""
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit is {self.limit}; give 1 or more, or leave it out for all items")
-        if self.shots is not None and self.shots < 0:
-            raise UserError(f"shots is {self.shots}; give 0 or more")
-        if self.batch_size < 1:
-            raise UserError(f"batch-size is {self.batch_size}; give 1 or more")
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:
@@ -50,7 +28,8 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
 
 
 def read_task(task: Task, files: TaskFiles, config: EvalConfig) -> list[Item]:
-    """Read the items that config asks for."""
+    """Read the items that config asks for. Raises UserError if it lacks what the task needs."""
+    task.check(config)
     items = task.items(files, task.num_shots if config.shots is None else config.shots)
     if config.limit is None:
         return items
@@ -89,11 +68,13 @@ def evaluate_tasks(
         },
     )
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    model = text_model(loaded.model, loaded.tokenizer, dtype=dtype, batch_size=config.batch_size)
+    model = text_model(
+        loaded.model, loaded.tokenizer, dtype=dtype, batch_size=config.batch_size, chat_template=loaded.chat_template
+    )
     summaries = {}
     for task in tasks:
         settings = task_settings(task, files, config)
-        records = _answer(task, items[task.name], model, folder, settings, on_progress)
+        records = _answer(task, items[task.name], model, config, folder, settings, on_progress)
         summaries[task.name] = folder.finish(task.name, settings, records)
         on_figures(task.name, summaries[task.name])
     return summaries
@@ -106,7 +87,7 @@ def task_settings(task: Task, files: TaskFiles, config: EvalConfig) -> dict[str,
         "version": task.version,
         "shots": task.num_shots if config.shots is None else config.shots,
         "files": {file.name: _hash(file) for role in roles for file in files.find(task, role)},
-        **task.settings(),
+        **task.settings(config),
     }
 
 
@@ -114,6 +95,7 @@ def _answer(
     task: Task,
     items: list[Item],
     model: TextModel,
+    config: EvalConfig,
     folder: ResultsFolder,
     settings: dict[str, Any],
     on_progress: Callable[[str, int, int], None],
@@ -122,7 +104,12 @@ def _answer(
     missing = [item for item in items if item.id not in answered]
     with folder.appending(task.name) as write, torch.no_grad():
         on_progress(task.name, len(items) - len(missing), len(items))
-        for number, record in enumerate(task.answer(model, missing), start=1 + len(items) - len(missing)):
+        for item in items:
+            finished = task.finish(answered[item.id], item, config) if item.id in answered else None
+            if finished is not None:
+                write(finished)
+                answered[item.id] = finished
+        for number, record in enumerate(task.answer(model, missing, config), start=1 + len(items) - len(missing)):
             write(record)
             answered[record["id"]] = record
             on_progress(task.name, number, len(items))

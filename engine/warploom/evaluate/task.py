@@ -13,6 +13,7 @@ from typing import Any
 from warploom.data.documents import list_files
 from warploom.data.task_files import TASK_ENDINGS, read_rows
 from warploom.errors import UserError
+from warploom.evaluate.config import EvalConfig
 from warploom.evaluate.text_model import TextModel
 
 # {"id", "group", "prompt", "scores": {name: number}}, what the model answered, and {"flags": [...]} where something
@@ -51,10 +52,18 @@ class Task(ABC):
         """Read the items. Raises UserError for files that are missing or of another form."""
 
     @abstractmethod
-    def answer(self, model: TextModel, items: Sequence[Item]) -> Iterator[Record]:
+    def answer(self, model: TextModel, items: Sequence[Item], config: EvalConfig) -> Iterator[Record]:
         """Yield the record of each item, in any order, as soon as it is there."""
 
-    def settings(self) -> dict[str, Any]:
+    def finish(self, record: Record, item: Item, config: EvalConfig) -> Record | None:
+        """Do what config allows now and the record of an earlier run lacks; None if there is nothing."""
+        return None
+
+    def check(self, config: EvalConfig) -> None:
+        """Raise UserError if config lacks what the task needs, before any model is asked."""
+        return None
+
+    def settings(self, config: EvalConfig) -> dict[str, Any]:
         """What else an answer depends on, JSON values."""
         return {}
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from warploom.data.chat import ChatTemplate
 from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
 from warploom.evaluate.likelihood import Likelihood, Request, log_likelihoods
@@ -20,13 +21,20 @@ class TextModel:
     """A decoder with its tokenizer. max_tokens: tokens in one pass; batch_size: texts written at a time."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None, *, max_tokens: int = 8192, batch_size: int = 16
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        *,
+        max_tokens: int = 8192,
+        batch_size: int = 16,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         if tokenizer is None:
             raise UserError("the checkpoint holds no tokenizer; a benchmark is text, which it cannot read")
         if model.config.architecture != "decoder":
             raise UserError(f"the model is a {model.config.architecture}; benchmarks are for decoders")
         self.model, self.tokenizer = model, tokenizer
+        self.chat_template = chat_template
         self._max_tokens, self._batch_size = max_tokens, batch_size
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Likelihood]]:
@@ -78,13 +86,18 @@ class TextModel:
 
 
 def text_model(
-    model: Transformer, tokenizer: Tokenizer | None, *, dtype: torch.dtype = torch.float32, batch_size: int = 16
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    chat_template: ChatTemplate | None = None,
 ) -> TextModel:
     """Make a model that was loaded ready to be asked: its weights are packed once for all passes."""
     model.eval()
     model.compute_dtype = dtype
     keep_packed(model)
-    return TextModel(model, tokenizer, batch_size=batch_size)
+    return TextModel(model, tokenizer, batch_size=batch_size, chat_template=chat_template)
 
 
 def _spaces_moved(pair: tuple[str, str]) -> tuple[str, str]:

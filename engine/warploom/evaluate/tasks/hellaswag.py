@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from warploom.evaluate.config import EvalConfig
 from warploom.evaluate.multiple_choice import choice_item, choose, read_items
 from warploom.evaluate.task import Item, Record, Task, TaskFiles, require
 from warploom.evaluate.text_model import TextModel
@@ -27,7 +28,7 @@ class HellaSwag(Task):
     def items(self, files: TaskFiles, num_shots: int) -> list[Item]:
         return read_items(self, files, num_shots, self._read)
 
-    def answer(self, model: TextModel, items: Sequence[Item]) -> Iterator[Record]:
+    def answer(self, model: TextModel, items: Sequence[Item], config: EvalConfig) -> Iterator[Record]:
         return choose(model, items)
 
     def _read(self, row: Any, number: int) -> Item:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
 from warploom.errors import UserError
+from warploom.evaluate.config import EvalConfig
 from warploom.evaluate.multiple_choice import choice_item, choose
 from warploom.evaluate.task import Item, Record, Task, TaskFiles, first_shots, require, with_shots
 from warploom.evaluate.text_model import TextModel
@@ -50,7 +51,7 @@ class MMLU(Task):
             numbers[subject] += 1
         return items
 
-    def answer(self, model: TextModel, items: Sequence[Item]) -> Iterator[Record]:
+    def answer(self, model: TextModel, items: Sequence[Item], config: EvalConfig) -> Iterator[Record]:
         return choose(model, items)
 
     def _rows(self, files: TaskFiles, role: str) -> Iterator[tuple[str, str, list[str], int]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from warploom.errors import UserError
+from warploom.evaluate.config import EvalConfig
 from warploom.evaluate.multiple_choice import choice_likelihoods, record
 from warploom.evaluate.task import Item, Record, Task, TaskFiles, require
 from warploom.evaluate.text_model import TextModel
@@ -65,7 +66,7 @@ class TruthfulQA(Task):
             items.append(Item(str(number), f"{PRIMER}\n\nQ: {question}\nA:", values))
         return items
 
-    def answer(self, model: TextModel, items: Sequence[Item]) -> Iterator[Record]:
+    def answer(self, model: TextModel, items: Sequence[Item], config: EvalConfig) -> Iterator[Record]:
         for item, likelihoods in choice_likelihoods(model, items):
             log_probs = [one.log_prob for one in likelihoods]
             best = max(item.values["mc1"], key=lambda target: log_probs[target[0]])
