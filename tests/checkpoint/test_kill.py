@@ -5,7 +5,10 @@ import collections
 import pytest
 
 
-@pytest.mark.parametrize(("action", "count"), [("save_next_step", 60), ("save_same_step", 30)])
+@pytest.mark.parametrize(
+    ("action", "count"),
+    [("save_next_step", 60), ("save_same_step", 30), pytest.param("save_next_step", 500, marks=pytest.mark.slow)],
+)
 def test_random_kills_lose_nothing(in_forks, action, count):
     results = in_forks("kill_at_random_times", action=action, count=count, seed=20, width=200)
     outcomes = collections.Counter(outcome for outcome, _, _ in results)
