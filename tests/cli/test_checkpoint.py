@@ -7,14 +7,16 @@ import pytest
 import safetensors.torch
 import torch
 from tests.checkpoint.states import make_state
+from tests.checkpoint.thread_ranks import share, together
 
 from warploom.checkpoint.format import CheckpointState
+from warploom.checkpoint.ranks import save_over_ranks
 from warploom.checkpoint.save import save_checkpoint
 from warploom.cli.main import main
 from warploom.interchange import hugging_face
 from warploom.models.config import TransformerConfig
 from warploom.models.transformer import Transformer
-from warploom.train.config import RunConfig
+from warploom.train.config import ParallelConfig, RunConfig
 
 
 @pytest.fixture
@@ -41,6 +43,24 @@ def test_inspect_shows_the_newest_of_a_run(run_dir, capsys):
     assert "optimizer: 8 tensors, 4,178 numbers" not in out  # the check below is no accident
     assert f"optimizer: 8 tensors, {2 * (48 * 24 + 24 + 1 + 0):,} numbers" in out
     assert "adamw/scale/exp_avg" not in out
+
+
+@pytest.mark.parametrize(
+    ("parallel", "said"),
+    [({}, "one process"), ({"data": 2, "tensor": 3}, "data 2, tensor 3"), ({"devices": 4}, "devices 4")],
+)
+def test_inspect_says_the_layout(tmp_path, capsys, parallel, said):
+    config = RunConfig(parallel=ParallelConfig(**parallel)).to_dict()
+    path = save_checkpoint(tmp_path, CheckpointState(1, {}, meta={"config": config}))
+    (line,) = [line for line in output(capsys, "inspect", path).splitlines() if line.startswith("layout")]
+    assert line.split(maxsplit=1)[1] == said
+
+
+def test_inspect_shows_in_how_many_parts_a_tensor_lies(tmp_path, capsys):
+    together(2, lambda r: save_over_ranks(tmp_path, share(make_state(3), r.rank, 2), r))
+    out = output(capsys, "inspect", tmp_path)
+    assert "  F32   48 x 24  in 2 parts\n" in out and "weights: 6 tensors" in out and "version 2" in out
+    assert "model.rank00001.safetensors" in out and "sound: 9 files" in output(capsys, "verify", tmp_path)
 
 
 def test_inspect_lists_all_tensors_or_none(run_dir, capsys):

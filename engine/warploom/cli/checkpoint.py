@@ -12,6 +12,7 @@ import tyro
 from warploom.checkpoint.format import OPTIMIZER, RNG, WEIGHTS, CheckpointDamaged, CheckpointTooNew, Manifest
 from warploom.checkpoint.load import checkpoints_at, read_config, read_manifest, verify_checkpoint
 from warploom.cli.export import Command as Export
+from warploom.parallel.config import DIMENSIONS
 
 _KINDS = {"weights": WEIGHTS, "optimizer": OPTIMIZER, "random states": RNG}
 
@@ -72,8 +73,7 @@ class Command:
 def describe(path: Path, manifest: Manifest, shown: list[str]) -> list[str]:
     """Return lines for people: what the checkpoint is, its files, its tensors (listed one by one for shown kinds)."""
     parallel = read_config(path, manifest).get("parallel", {})
-    layout = {name: size for name, size in parallel.items() if isinstance(size, int) and abs(size) != 1}
-    layout.pop("stages_per_rank", None)
+    layout = {name: parallel[name] for name in (*DIMENSIONS, "devices") if parallel.get(name, 1) not in (1, -1)}
     loss = manifest.heldout_loss
     facts = {
         "checkpoint": str(path),
