@@ -3,11 +3,13 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from bench.faulty_run import FaultyRun, environment
@@ -139,3 +141,44 @@ def test_a_deadlock_and_a_call_that_holds_the_interpreter_are_named_with_their_s
     assert re.match(r"rank 0 \(process \d+\) is frozen: no pulse for \d\.\d s, in step 31", frozen)
     for function in ("wait_for_a_lock_of_its_own", "hold_the_interpreter", "all_reduce"):
         assert f"in {function}" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_machines_start_again_together(tmp_path, tokens):
+    """Two launchers, as on two machines, with a process each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ["--nnodes", "2", "--rendezvous", f"localhost:{port}", "--run-id", "two"]
+    words = arguments(tokens, tmp_path / "run")
+    with FaultyRun(tmp_path / "0", flags, words) as first, FaultyRun(tmp_path / "1", flags, words) as second:
+        for event in second.follow(300):
+            if event["event"] == "stepping" and len(second.of("start")) == 1:
+                wait_for_a_new_checkpoint(tmp_path / "run")
+                second.strike(0, signal.SIGKILL)
+        list(first.follow(120))
+    assert (first.process.returncode, second.process.returncode) == (0, 0), first.log + second.log
+    assert [len(run.of("start")) for run in (first, second)] == [2, 2]
+    (killed,) = [fault for run in (first, second) for fault in run.of("fault") if fault["exit_code"] == -9]
+    assert killed["ranks"] == [second.of("fault")[0]["ranks"][0]]
+    assert weights(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_torchruns_own_restart_goes_on_too(tmp_path, tokens):
+    """With --max-restarts torchrun lets all starts meet in one store; each has a name of its own in it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    log = tmp_path / "log.txt"
+    with log.open("wb") as file:
+        run = subprocess.Popen(
+            [*torchrun, "--max-restarts", "1", "-m", "warploom.cli.main", *arguments(tokens, tmp_path / "run")],
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    wait_for_a_new_checkpoint(tmp_path / "run")
+    workers = psutil.Process(run.pid).children()
+    workers[-1].kill()
+    assert run.wait(300) == 0, log.read_text()
+    assert int(re.findall(r"Going on from step (\d+)", log.read_text())[0]) > 0
+    assert weights(tmp_path / "run")
