@@ -66,24 +66,44 @@ def build(case):
 def train(case, config, model, optimizers, parameters, **arguments):
     losses = []
     for batch in batches(case, config):
-        outcome = training_step(model.loss_sum, [batch], parameters, optimizers, grad_clip=1.0, **arguments)
+        micro_batches = [batch]
+        if case.get("rows"):  # one process alone: so many at a time
+            split = {name: x.split(case["rows"]) for name, x in vars(batch).items()}
+            micro_batches = [
+                Batch(**dict(zip(split, parts, strict=True))) for parts in zip(*split.values(), strict=True)
+            ]
+        outcome = training_step(model.loss_sum, micro_batches, parameters, optimizers, grad_clip=1.0, **arguments)
         losses.append((outcome.loss, outcome.grad_norm))
     return losses
 
 
-def optimizer_config(case):
+class PlainSGD:
+    """p -= lr g, which passes the rounding of g on as it is."""
+
+    def __init__(self, parameters, lr):
+        self.parameters, self.lr = parameters, lr
+
+    @torch.no_grad()
+    def step(self, closure=None, *, grad_factor=1.0):
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                local_part(parameter).add_(local_part(parameter.grad), alpha=-self.lr * grad_factor)
+
+
+def optimizers_of(case, module, dtype, **arguments):
+    name = case.get("optimizer", "adamw")
+    if name == "sgd":
+        return [PlainSGD(list(module.parameters()), 0.5)]
     # Adam divides by the size of a gradient, so where that is near zero its rounding becomes the update: in float32
-    # eps bounds by how much. float64 shows the usual eps.
-    return OptimizerConfig(name=case.get("optimizer", "adamw"), lr=3e-3, muon_lr=3e-3, eps=case.get("eps", 1e-8))
+    # eps bounds by how much (test_rounding.py). float64 shows the usual eps.
+    config = OptimizerConfig(name=name, lr=3e-3, muon_lr=3e-3, eps=case.get("eps", 1e-8))
+    return build_optimizers(module, config, muon_dtype=dtype, **arguments)
 
 
 def alone(case):
     config, model = build(case)
     model.loss_sum = functools.partial(model.loss, reduction="sum")
-    parameters = list(model.parameters())
-    losses = train(
-        case, config, model, build_optimizers(model, optimizer_config(case), muon_dtype=model.compute_dtype), parameters
-    )
+    losses = train(case, config, model, optimizers_of(case, model, model.compute_dtype), list(model.parameters()))
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -92,9 +112,7 @@ def together(case):
     sizes = ParallelConfig(**case["parallel"]).resolve(dist.get_world_size())
     sizes.check_model(config, 16)
     parallel = ParallelModel(model, Mesh(sizes, "cpu"), case.get("micro_batch_size", 2))
-    optimizers = build_optimizers(
-        parallel.module, optimizer_config(case), muon_dtype=model.compute_dtype, exchange=parallel.matrices
-    )
+    optimizers = optimizers_of(case, parallel.module, model.compute_dtype, exchange=parallel.matrices)
     losses = train(case, config, parallel, optimizers, parallel.parameters, processes=parallel)
     return losses, parallel
 
