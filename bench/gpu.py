@@ -2,10 +2,11 @@
 
     python -m bench.gpu [--budget-s 440] [--json FILE]
 
-First every op is checked on the card against float64, case by case, as the contract tests do on the CPU; then ops are
-timed at the shapes of real models, each back end beside what torch offers, as a share of the card's own matrix-product
-rate or copy bandwidth of the same minutes; then the whole training step. A part that fails is printed and the rest goes
-on; the exit code is 1 then. Parts that the budget does not reach are named.
+First every op is checked on the card (bench/gpu_checks.py): against float64, case by case, as the contract tests do on
+the CPU, inside a CUDA graph, and under compute-sanitizer where that is installed. Then the training step and a first
+step are timed; then ops at the shapes of real models (bench/gpu_work.py), each back end beside what torch and others
+offer, as a share of the card's own matrix-product rate or copy bandwidth of the same minutes. A part that fails is
+printed and the rest goes on; the exit code is 1 then. Parts that the budget does not reach are named.
 """
 
 from __future__ import annotations
@@ -25,16 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "kernels")]  # the checkout may not be installed
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from warploom.ops import REGISTRY, backend  # noqa: E402
-from warploom.ops._accuracy import Trial, as_tuple  # noqa: E402
-from warploom.ops._op import BackendUnavailable  # noqa: E402
-from warploom.ops._proof import Refuted, check_accuracy  # noqa: E402
-
-Call = Callable[[], object]
-BF16 = torch.bfloat16
+from bench import gpu_checks  # noqa: E402
+from bench.gpu_work import BF16, WORK, Call, Work, gpu_backends  # noqa: E402
+from warploom.ops import REGISTRY  # noqa: E402
 
 
 @dataclass
@@ -56,174 +52,6 @@ class Report:
         except Exception as error:
             self.failures.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
             traceback.print_exc()
-
-
-@dataclass(frozen=True)
-class Work:
-    """One call to time: its op, shape, and what no implementation can avoid."""
-
-    op: str
-    shape: str
-    subjects: dict[str, Call]  # the first of torch's is the one to compare with
-    flops: float = 0.0
-    bytes: float = 0.0
-
-
-# Checks.
-
-
-def gpu_backends(name: str) -> list[str]:
-    op = REGISTRY[name]
-    return [each for each in op.backends if each != "reference" and op.refusal(each, "cuda") is None]
-
-
-def check_op(report: Report, name: str, until: float) -> None:
-    """Every case in every dtype on every back end of this card, until the time is up."""
-    op = REGISTRY[name]
-    for back_end in gpu_backends(name):
-        done, refused, wrong = 0, 0, []
-        for case in op.cases:
-            for dtype in case.dtypes:
-                if time.monotonic() > until:
-                    report.left_out.append(f"check of {name} on {back_end} after {done} cases")
-                    break
-                try:
-                    check_accuracy(op, back_end, Trial(op, case, dtype), layout=Tensor.cuda)
-                    done += 1
-                except BackendUnavailable:
-                    refused += 1
-                except Refuted as refuted:
-                    wrong.append(f"{name} on {back_end}, {case.name}, {dtype}: {refuted}")
-        report.failures += wrong
-        print(f"check {name} {back_end}: {done} right, {len(wrong)} wrong, {refused} refused", flush=True)
-
-
-# What is timed.
-
-
-def _forced(name: str, back_end: str, call: Call) -> Call:
-    def forced() -> object:
-        with backend(**{name: back_end}):
-            return call()
-
-    return forced
-
-
-def _passes(
-    name: str, shape: str, function: Callable[..., Any], peers: dict[str, Callable[..., Any]],
-    arguments: dict[str, Any], leaves: list[Tensor], flops: tuple[float, float], size: tuple[float, float],
-) -> Iterator[Work]:  # fmt: skip
-    """The forward without gradients, and the backward alone. A back end that refuses the arguments is no subject."""
-    functions: dict[str, tuple[str | None, Callable[..., Any]]] = {
-        each: (each, function) for each in gpu_backends(name)
-    }
-    functions |= {each: (None, peer) for each, peer in peers.items()}
-    forward: dict[str, Call] = {}
-    backward: dict[str, Call] = {}
-    for label, (back_end, f) in functions.items():
-        run = (lambda f=f: f(**arguments)) if back_end is None else _forced(name, back_end, lambda f=f: f(**arguments))
-        try:
-            outputs = as_tuple(run())  # type: ignore[arg-type]
-        except (BackendUnavailable, RuntimeError) as error:
-            print(f"{name} {shape}: {label} does not take it: {str(error).splitlines()[0]}", flush=True)
-            continue
-        forward[label] = torch.no_grad()(run)
-        gradients = [torch.randn_like(y) for y in outputs]
-
-        def derive(outputs=outputs, gradients=gradients) -> object:
-            return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-
-        backward[label] = derive if back_end is None else _forced(name, back_end, derive)
-    yield Work(name, f"{shape} forward", forward, flops[0], size[0])
-    yield Work(name, f"{shape} backward", backward, flops[1], size[1])
-
-
-def _leaf(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
-
-
-def attention_work() -> Iterator[Work]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def sdpa(kind: SDPBackend) -> Callable[..., Any]:
-        def call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-            with sdpa_kernel(kind):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-        return call
-
-    for D in (128, 64):
-        for T in (1024, 2048, 4096):
-            B, H = 16384 // T, 2048 // D
-            q, k, v = (_leaf(B, T, H, D).transpose(1, 2).detach().requires_grad_() for _ in range(3))
-            flops = 2.0 * B * H * T * T * D  # two products, half of each
-            peers = {"torch flash": sdpa(SDPBackend.FLASH_ATTENTION), "torch cudnn": sdpa(SDPBackend.CUDNN_ATTENTION)}
-            arguments = {"q": q, "k": k, "v": v, "causal": True}
-            function = REGISTRY["attention"].function
-            yield from _passes(
-                "attention", f"causal D {D} T {T}", function, peers, arguments, [q, k, v], (flops, 2.5 * flops), (0, 0)
-            )
-
-
-def norm_work() -> Iterator[Work]:
-    for name in ("layer_norm", "rms_norm"):
-        op = REGISTRY[name]
-        for N, C in ((8192, 768), (8192, 1024), (8192, 4096), (8192, 8192), (1024, 384)):
-            x, residual, weight = _leaf(N, C), _leaf(N, C), _leaf(C)
-            arguments = {"x": x, "residual": residual, "weight": weight}
-            peers = {"torch": op.torch_peer, "torch.compile": torch.compile(op.torch_peer)}
-            leaves, size = list(arguments.values()), 8.0 * N * C
-            yield from _passes(name, f"{N}x{C}", op.function, peers, arguments, leaves, (0, 0), (size, size))
-
-
-def linear_work() -> Iterator[Work]:
-    op = REGISTRY["linear"]
-    for N, C, width in ((8192, 768, 3072), (8192, 2048, 8192), (1024, 384, 1536)):
-        for activation in ("relu", "gelu_tanh", "none"):
-            x, weight, bias = _leaf(N, C), _leaf(width, C), _leaf(width)
-            arguments = {"x": x, "weight": weight, "bias": bias, "activation": activation}
-            peers = {"torch": op.torch_peer, "torch.compile": torch.compile(op.torch_peer)}
-            flops, leaves = 2.0 * N * C * width, [x, weight, bias]
-            shape = f"{N}x{C}x{width} {activation}"
-            yield from _passes("linear", shape, op.function, peers, arguments, leaves, (flops, 2 * flops), (0, 0))
-
-
-def other_work() -> Iterator[Work]:
-    op = REGISTRY["cross_entropy"]
-    logits, targets = _leaf(8192, 50304), torch.randint(50304, (8192,), device="cuda")
-    arguments: dict[str, Any] = {"logits": logits, "targets": targets}
-    size = 2.0 * logits.numel()
-    peers = {"torch": op.torch_peer, "torch.compile": torch.compile(op.torch_peer)}
-    both = {
-        label: (lambda f=f: torch.autograd.grad(f(**arguments), [logits])) for label, f in peers.items()
-    } | {
-        each: _forced("cross_entropy", each, lambda: torch.autograd.grad(op.function(**arguments), [logits]))
-        for each in gpu_backends("cross_entropy")
-    }  # fmt: skip
-    yield Work("cross_entropy", "8192x50304 forward+backward", both, bytes=2 * size)
-    x, positions = _leaf(8, 16, 2048, 64), torch.arange(2048, device="cuda")
-    op = REGISTRY["rotary"]
-    peers = {"torch": op.torch_peer, "torch.compile": torch.compile(op.torch_peer)}
-    size = 4.0 * x.numel()
-    arguments = {"x": x, "positions": positions}
-    yield from _passes("rotary", "8x16x2048x64", op.function, peers, arguments, [x], (0, 0), (size, size))
-    op = REGISTRY["adamw"]
-    shapes = [(50304, 768), *[(768, 3072), (3072, 768), (768, 768), (768,), (768,)] * 12]
-    lists = {
-        name: [torch.rand(shape, device="cuda") for shape in shapes]
-        for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")
-    }
-    steps = [torch.ones((), device="cuda") for _ in shapes]
-    settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
-    arguments = {**lists, "max_exp_avg_sqs": [], "state_steps": steps, **settings}
-    subjects: dict[str, Call] = {
-        each: _forced("adamw", each, lambda: op.function(**arguments)) for each in gpu_backends("adamw")
-    }
-    subjects["torch"] = lambda: op.torch_peer(**arguments)
-    yield Work("adamw", "GPT-2's tensors", subjects, bytes=28.0 * sum(p.numel() for p in lists["params"]))
-
-
-WORK = {"attention": attention_work, "norms": norm_work, "linear": linear_work, "others": other_work}
 
 
 # Timing.
@@ -335,6 +163,14 @@ def time_step(report: Report) -> None:
         print(format_row(row), f"{row['tokens_per_s']:.0f} tokens/s", flush=True)
 
 
+def time_first_steps(report: Report) -> None:
+    for kind, seconds in gpu_checks.first_steps(120.0).items():
+        report.rows.append(
+            {"op": "first step", "shape": "GPT-2 124M 4x1024", "subject": f"warploom, {kind}", "us": seconds * 1e6}
+        )
+        print(format_row(report.rows[-1]), flush=True)
+
+
 # Output.
 
 
@@ -379,21 +215,32 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     report = Report(deadline=started + arguments.budget_s)
     names = sorted(name for name in REGISTRY if gpu_backends(name))
-    for index, name in enumerate(names):  # checks may take two fifths, shared by the ops that are left
-        left = started + 0.4 * arguments.budget_s - time.monotonic()
+
+    def check(name: str, until: float) -> None:
+        report.failures += gpu_checks.accuracy(name, until)
+
+    def time_all(make: Callable[[], Iterator[Work]]) -> None:
+        for work in make():
+            name = f"{work.op} {work.shape}"
+            report.part(name, lambda work=work: time_work(report, work, limits, 1.0))
+
+    for index, name in enumerate(names):  # checks may take three tenths, shared by the ops that are left
+        left = started + 0.3 * arguments.budget_s - time.monotonic()
         until = time.monotonic() + max(left, 0.0) / (len(names) - index)
-        report.part(f"check of {name}", lambda name=name, until=until: check_op(report, name, until))
+        report.part(f"check of {name}", lambda name=name, until=until: check(name, until))
+    report.part("CUDA graphs", lambda: report.failures.extend(gpu_checks.graphs()))
     limits = ceilings()
-    # Before the ops one by one: of all numbers this is the one to have.
+    # Before the ops one by one: of all numbers these are the ones to have.
     report.part("training step", lambda: time_step(report))
+    report.part("first step", lambda: time_first_steps(report))
     for kind, make in WORK.items():
-
-        def run(make: Callable[[], Iterator[Work]] = make) -> None:
-            for work in make():
-                name = f"{work.op} {work.shape}"
-                report.part(name, lambda work=work: time_work(report, work, limits, 1.0))
-
-        report.part(kind, run)
+        report.part(kind, lambda make=make: time_all(make))
+    # Last, since it is slow, and what it does not reach it names.
+    left = report.deadline - time.monotonic()
+    if left > 20:
+        report.part("compute-sanitizer", lambda: report.failures.extend(filter(None, [gpu_checks.sanitizer(left)])))
+    else:
+        report.left_out.append("compute-sanitizer")
     return finish(report, torch.cuda.get_device_name(), arguments.json)
 
 

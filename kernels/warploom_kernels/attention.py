@@ -123,19 +123,15 @@ def attention_fwd_kernel(
 
 
 @triton.jit
-def _score_gradients(
-    q_tile, k_tile, v_tile, do_tile, lse_rows, delta_rows, bias, queries, keys,
-    T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
-    BELOW: tl.constexpr, ABOVE: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+def _probabilities(
+    s, lse_rows, bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
+    BELOW: tl.constexpr, ABOVE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities, and the gradient of the scores after scaling and bias, both (BLOCK_T, BLOCK_S) float32."""
-    s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
+    """(BLOCK_T, BLOCK_S), from the products of queries and keys and the log-sum-exp of the forward."""
     s, unit = with_bias(s, scale, bias, queries, keys, stride_bt, stride_bs, T, S)
     if MASKED:
         s = tl.where(visible(queries, keys, least, most, seen_keys, BELOW, ABOVE), s, float("-inf"))
-    p = tl.exp2(s * unit - lse_rows[:, None])
-    dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
-    return p, p * (dp - delta_rows[:, None])
+    return tl.exp2(s * unit - lse_rows[:, None])
 
 
 @triton.jit
@@ -151,10 +147,13 @@ def _add_dq(
         keys = s0 + tl.arange(0, BLOCK_S)[None, :]
         k_tile = load_rows(k_rows, s0, seen_keys, stride_kt, D, BLOCK_S, BLOCK_D, TMA, MASKED)
         v_tile = load_rows(v_rows, s0, seen_keys, stride_vt, D, BLOCK_S, BLOCK_D, TMA, MASKED)
-        _, ds = _score_gradients(
-            q_tile, k_tile, v_tile, do_tile, lse_rows, delta_rows, bias, queries, keys,
-            T, S, seen_keys, least, most, scale, stride_bt, stride_bs, BELOW, ABOVE, MASKED, BLOCK_T, BLOCK_S,
+        s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
+        p = _probabilities(
+            s, lse_rows, bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
+            BELOW, ABOVE, MASKED,
         )  # fmt: skip
+        dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
+        ds = p * (dp - delta_rows[:, None])
         dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile)
     return dq_tile
 
@@ -325,7 +324,7 @@ def _tile_of_pair(
     stride_bh, stride_bt, stride_bs, bias_zero,
     H, T_all, S_all, num_documents, num_heads, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the scores at (t0, s0) of one batch entry or document, and one of num_heads heads: those that
     index names. Zeros outside."""
@@ -355,14 +354,25 @@ def _tile_of_pair(
         rows = (b * H + h) * T_all + start_q + queries
         lse_rows = lse_in_log2(tl.load(lse + rows, mask=queries < T, other=float("-inf")))
         delta_rows = tl.load(delta + rows, mask=queries < T, other=0.0)
-        _, ds = _score_gradients(
-            load_rows(q, t0, T, stride_qt, D, BLOCK_T, BLOCK_D, False, True),
-            load_rows(k, s0, seen_keys, stride_kt, D, BLOCK_S, BLOCK_D, False, True),
-            load_rows(v, s0, seen_keys, stride_vt, D, BLOCK_S, BLOCK_D, False, True),
-            load_rows(do, t0, T, stride_gt, D, BLOCK_T, BLOCK_D, False, True),
-            lse_rows, delta_rows, bias + h * stride_bh + bias_zero, queries[:, None], keys[None, :],
-            T, S, seen_keys, least, most, scale, stride_bt, stride_bs, BELOW, ABOVE, True, BLOCK_T, BLOCK_S,
+        s = tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32)
+        dp = tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32)
+        # In pieces of the head: whole rows of all four would leave no registers.
+        for d in tl.static_range(0, BLOCK_D, DEPTH):
+            s = dot(
+                load_rows(q + d, t0, T, stride_qt, D - d, BLOCK_T, DEPTH, False, True),
+                tl.trans(load_rows(k + d, s0, seen_keys, stride_kt, D - d, BLOCK_S, DEPTH, False, True)),
+                s,
+            )
+            dp = dot(
+                load_rows(do + d, t0, T, stride_gt, D - d, BLOCK_T, DEPTH, False, True),
+                tl.trans(load_rows(v + d, s0, seen_keys, stride_vt, D - d, BLOCK_S, DEPTH, False, True)),
+                dp,
+            )
+        p = _probabilities(
+            s, lse_rows, bias + h * stride_bh + bias_zero, queries[:, None], keys[None, :],
+            T, S, seen_keys, least, most, scale, stride_bt, stride_bs, BELOW, ABOVE, True,
         )  # fmt: skip
+        ds = p * (dp - delta_rows[:, None])
     return ds
 
 
@@ -374,7 +384,7 @@ def attention_bwd_dbias_kernel(
     stride_bh, stride_bt, stride_bs, bias_zero,
     H, T_all, S_all, num_documents, num_heads, num_entries, window, scale, n, m,
     GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """dbias: (1 or H, n, m), dense. A program owns one tile of one head of it, and sums over the batch or the
     documents (num_entries), and over all num_heads heads where they share the bias."""
@@ -387,7 +397,8 @@ def attention_bwd_dbias_kernel(
             stride_gb, stride_gh, stride_gt, stride_qb, stride_qh, stride_qt,
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
             stride_bh, stride_bt, stride_bs, bias_zero,
-            H, T_all, S_all, num_documents, num_heads, window, scale, GROUP, D, CAUSAL, BLOCK_D, BLOCK_T, BLOCK_S,
+            H, T_all, S_all, num_documents, num_heads, window, scale, GROUP, D, CAUSAL, BLOCK_D,
+            BLOCK_T, BLOCK_S, DEPTH,
         )  # fmt: skip
     rows, cols = t0 + tl.arange(0, BLOCK_T), s0 + tl.arange(0, BLOCK_S)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
@@ -403,6 +414,7 @@ def attention_bwd_ddistance_kernel(
     stride_bh, stride_bt, stride_bs, bias_zero,
     H, T_all, S_all, num_documents, num_heads, num_entries, window, scale, first_diagonal, num_tiles,
     GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     """sums: (1 or H, diagonals, 2, BLOCK) float32. A program owns a diagonal of tiles, those with s0 - t0 =
     (first_diagonal + program) * BLOCK, and sums them along their own diagonals: of distances up to BLOCK - 1 above
@@ -418,7 +430,8 @@ def attention_bwd_ddistance_kernel(
                 stride_gb, stride_gh, stride_gt, stride_qb, stride_qh, stride_qt,
                 stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
                 stride_bh, stride_bt, stride_bs, bias_zero,
-                H, T_all, S_all, num_documents, num_heads, window, scale, GROUP, D, CAUSAL, BLOCK_D, BLOCK, BLOCK,
+                H, T_all, S_all, num_documents, num_heads, window, scale, GROUP, D, CAUSAL, BLOCK_D,
+                BLOCK, BLOCK, DEPTH,
             )  # fmt: skip
     row, col = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     # Row r turned left by r: entries of one diagonal come to lie in one column.
@@ -663,7 +676,8 @@ def _bias_gradient(
     arguments["num_heads"] = arguments["H"] if heads == 1 else 1
     arguments["num_entries"] = B if cu_seqlens is None else arguments["num_documents"]
     width = int(arguments["BLOCK_D"])  # type: ignore[call-overload]
-    block, warps = (64, 8) if width <= 64 and arch >= 90 else (32, 8) if width <= 128 else (16, 4)
+    block = 64 if 90 <= arch < 120 else 32
+    depth = {"DEPTH": min(width, 16 if arch == INTERPRETER else 64)}
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
     if bias.dim() == 3:
         n, m = bias.shape[1:]
@@ -672,7 +686,7 @@ def _bias_gradient(
                 attention_bwd_dbias_kernel,
                 lambda _: (triton.cdiv(n, block), triton.cdiv(m, block), heads),
                 {**arguments, "dbias": dbias, "n": n, "m": m},
-                [Config({"BLOCK_T": block, "BLOCK_S": block}, num_warps=warps)],
+                [Config({"BLOCK_T": block, "BLOCK_S": block, **depth}, num_warps=8)],
             )
         return dbias
     num_tiles = triton.cdiv(T, block)
@@ -684,7 +698,7 @@ def _bias_gradient(
         attention_bwd_ddistance_kernel,
         lambda _: (diagonals, heads),
         {**arguments, "sums": sums, "first_diagonal": 1 - num_tiles, "num_tiles": num_tiles},
-        [Config({"BLOCK": block}, num_warps=warps)],
+        [Config({"BLOCK": block, **depth}, num_warps=8)],
     )
     # Distances from -num_tiles * block on: those above a diagonal of tiles are those below the next.
     by_distance = sums.new_zeros(heads, diagonals + 1, block)

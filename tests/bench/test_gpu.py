@@ -5,7 +5,9 @@ import time
 
 import pytest
 import torch
-from bench import gpu
+from bench import gpu, gpu_checks, gpu_work
+
+from warploom.ops import REGISTRY
 
 
 def test_without_a_card_it_says_so(capsys):
@@ -41,3 +43,80 @@ def test_what_the_budget_does_not_reach_is_named(capsys):
     report.part("training step", lambda: pytest.fail("it ran"))
     assert gpu.finish(report, "a card", None) == 0
     assert "no time left for: training step" in capsys.readouterr().out
+
+
+def test_rivals_that_are_not_installed_are_no_subjects(monkeypatch):
+    monkeypatch.setattr(gpu_work, "_installed", lambda module: None)
+    assert not gpu_work.attention_rivals() and not gpu_work.norm_rivals("layer_norm") and not gpu_work.glu_rivals()
+
+
+def test_a_rival_is_called_in_its_own_layout(monkeypatch):
+    """flash-attn takes (B, T, H, D)."""
+
+    class FlashAttn:
+        @staticmethod
+        def flash_attn_func(q, k, v, causal):
+            assert q.shape == (2, 16, 4, 8) and causal
+            o = torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
+            )
+            return o.transpose(1, 2)
+
+    monkeypatch.setattr(gpu_work, "_installed", lambda module: FlashAttn if module == "flash_attn" else None)
+    rivals = gpu_work.attention_rivals()
+    assert list(rivals) == ["flash-attn"]
+    q, k, v = torch.randn(3, 2, 4, 16, 8)
+    expected = REGISTRY["attention"].reference(q, k, v, causal=True)
+    torch.testing.assert_close(rivals["flash-attn"](q, k, v, causal=True), expected)
+
+
+def passes(monkeypatch, peers, *, together=False):
+    monkeypatch.setattr(gpu_work, "gpu_backends", lambda name: ["reference"])
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    arguments = {"x": x, "weight": weight}
+    return list(gpu_work._passes("rms_norm", "3x8", peers, arguments, [x, weight], (0, 0), (10, 20), together=together))
+
+
+def test_forward_and_backward_are_timed_apart_or_together(monkeypatch):
+    peers = {"torch": REGISTRY["rms_norm"].torch_peer}
+    forward, backward = passes(monkeypatch, peers)
+    assert (forward.bytes, backward.bytes) == (10, 20)
+    for work in (forward, backward):
+        assert list(work.subjects) == ["reference", "torch"]
+    assert not forward.subjects["reference"]().requires_grad
+    for a, b in zip(backward.subjects["torch"](), backward.subjects["torch"](), strict=True):
+        assert torch.equal(a, b)
+    (both,) = passes(monkeypatch, peers, together=True)
+    assert both.bytes == 30 and len(both.subjects["torch"]()) == 2
+
+
+def test_a_rival_that_fails_is_named_and_the_rest_is_timed(monkeypatch, capsys):
+    def fails(x, weight):
+        raise TypeError("missing argument")
+
+    forward, _ = passes(monkeypatch, {"rival": fails})
+    assert list(forward.subjects) == ["reference"]
+    assert "rival fails: TypeError: missing argument" in capsys.readouterr().out
+
+
+def test_without_the_sanitizer_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_checks.shutil, "which", lambda name: None)
+    assert gpu_checks.sanitizer(1.0) is None
+    assert "not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [0, 9])
+def test_the_sanitizer_runs_without_torchs_cache(monkeypatch, capsys, code):
+    calls = []
+
+    def run(command, *, env, **options):
+        calls.append((command, env))
+        return gpu_checks.subprocess.CompletedProcess(command, code, "Invalid __global__ read of size 4", "")
+
+    monkeypatch.setattr(gpu_checks.shutil, "which", lambda name: "/opt/compute-sanitizer")
+    monkeypatch.setattr(gpu_checks.subprocess, "run", run)
+    wrong = gpu_checks.sanitizer(1.0)
+    ((command, environment),) = calls
+    assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and command[0] == "/opt/compute-sanitizer"
+    assert (wrong is None) == (code == 0)
+    assert ("Invalid __global__ read" in capsys.readouterr().out) == (code == 9)

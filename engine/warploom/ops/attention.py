@@ -371,9 +371,6 @@ def _triton_refuses(q, softmax_scale):
 
 
 def _triton_refuses_bwd(do, q, k, v, o, lse, bias, *others):
-    by_distance = bias is not None and bias.dim() == 2 and others[-1]
-    if by_distance and q.device.type == "cuda" and q.shape[-1] > 128:  # it spilled in every configuration
-        return f"its gradient of a bias by distance takes heads of at most 128, got {q.shape[-1]}"
     return _triton_refuses(q, others[-2])
 
 
