@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from warploom.ops import REGISTRY
+from warploom.ops import REGISTRY, _extension
+from warploom.ops._accuracy import Trial
 from warploom.ops.linear_cross_entropy import CHUNK_ELEMENTS, CHUNK_ROWS, linear_cross_entropy
 
 
@@ -76,3 +77,19 @@ def test_same_bits_for_many_words_of_few_numbers():
     finally:
         torch.set_num_threads(threads)
     assert len(losses) == 1
+
+
+@pytest.mark.skipif(_extension.missing is not None, reason=str(_extension.missing))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", REGISTRY["linear_cross_entropy"].cases, ids=lambda case: case.name)
+def test_gradients_in_the_forward_pass(case, dtype):
+    """The way of float32 and float64, which a forced back end does not go."""
+    op = REGISTRY["linear_cross_entropy"]
+    trial, before = Trial(op, case, dtype), op.calls.copy()
+    results = trial.evaluate(op.function)
+    assert set(op.calls - before) == {"fwd/cpu"}
+    if dtype == torch.float64:
+        for name, truth in trial.truth.items():
+            torch.testing.assert_close(results[name], truth, rtol=1e-9, atol=1e-10, equal_nan=True)
+    else:
+        assert not [str(deviation) for deviation in trial.deviations(results) if not deviation.acceptable]

@@ -3,7 +3,8 @@
 There are two ways to the gradients. In the forward pass, while a chunk of logits is there (Liger-Kernel's fused linear
 cross-entropy, 2024): no product is made twice, but dweight, V x C, is read and written for every chunk of rows. Or in
 the backward pass, from each row's log-sum-exp and logits made again, some words at a time, as flash attention does:
-dweight is then written once. The second is taken for 16-bit hidden states, whose products are cheap.
+dweight is then written once. The second is taken for 16-bit hidden states, whose products are cheap. The first leaves
+the products to torch, and a chunk's softmax, loss and gradient to cross_entropy's kernel where there is one.
 """
 
 from __future__ import annotations
@@ -159,7 +160,11 @@ def _check_values(hidden, weight, targets, ignore_index, need_dhidden, need_dwei
 
 
 def _reference_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
-    return _reference_pass(hidden, weight, targets, None, ignore_index, need_dhidden, need_dweight)
+    loss, count, lse, *gradients = _reference_pass(
+        hidden, weight, targets, None, ignore_index, need_dhidden, need_dweight
+    )
+    # Saved for a backward pass that makes the gradients, and only then returned.
+    return loss, count, lse.new_empty(0) if need_dhidden or need_dweight else lse, *gradients
 
 
 def _reference_bwd(scale, hidden, weight, targets, lse, ignore_index, need_dhidden, need_dweight, sharded=False):
@@ -218,10 +223,46 @@ def _reference_pass(hidden, weight, targets, lse, ignore_index, need_dhidden, ne
     return loss, kept.sum().to(wide), lse, dhidden, dweight.to(weight.dtype)
 
 
+_cpu_fwd = _extension.cpu_kernel("linear_cross_entropy_fwd")
+_cpu_cross_entropy = _extension.cpu_kernel("cross_entropy_fwd_inplace")
+
+
+def _cpu_forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
+    if not (need_dhidden or need_dweight):
+        return _cpu_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded)
+    V, C = weight.shape
+    targets = targets.reshape(-1)
+    kept = (targets != ignore_index).reshape(-1, 1)  # (N, 1)
+    x = hidden.reshape(-1, C).where(kept, 0.0)  # padding may hold anything, NaN too, which times 0 is NaN
+    w = weight.to(hidden.dtype)
+    N = x.shape[0]
+    chunk = max(min(N, max(CHUNK_ELEMENTS // V, CHUNK_ROWS)), 1)
+    logits = x.new_empty(chunk, V)
+    loss = torch.zeros((), dtype=torch.float64)
+    dhidden = x.new_empty((N, C) if need_dhidden else 0)
+    dweight = torch.zeros_like(w) if need_dweight else w.new_empty(0)
+    for start in range(0, N, chunk):
+        rows = slice(start, min(start + chunk, N))
+        dlogits = torch.mm(x[rows], w.mT, out=logits[: rows.stop - start])  # (n, V), logits for one line more
+        loss += _cpu_cross_entropy(dlogits, targets[rows], ignore_index, False)
+        if need_dhidden:
+            torch.mm(dlogits, w, out=dhidden[rows])
+        if need_dweight:
+            dweight.addmm_(dlogits.mT, x[rows])
+    dhidden = dhidden.view(hidden.shape) if need_dhidden else dhidden
+    return loss.to(x.dtype), kept.sum().to(x.dtype), x.new_empty(0), dhidden, dweight.to(weight.dtype)
+
+
+def _cpu_refuses(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
+    if hidden.dtype in (torch.float32, torch.float64):
+        return None
+    return _refuses_early_gradients(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded)
+
+
 def _fake_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss = hidden.new_empty((), dtype=wide)
-    lse = loss.new_empty(targets.numel())
+    lse = loss.new_empty(0 if need_dhidden or need_dweight else targets.numel())
     return loss, torch.empty_like(loss), lse, *_fake_gradients(hidden, weight, need_dhidden, need_dweight)
 
 
@@ -287,10 +328,12 @@ OP = Op(
     backends={
         "reference": Backend(kernels={"fwd": _reference_fwd, "bwd": _reference_bwd}, devices=("cpu", "cuda")),
         "cpu": Backend(
-            kernels={s: _extension.cpu_kernel(f"linear_cross_entropy_{s}") for s in ("fwd", "bwd")},
+            kernels={"fwd": _cpu_forward, "bwd": _extension.cpu_kernel("linear_cross_entropy_bwd")},
             devices=("cpu",),
-            missing=lambda: _extension.why_missing("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
-            refuses={"fwd": _refuses_early_gradients},
+            missing=lambda: _extension.why_missing(
+                "linear_cross_entropy_fwd", "linear_cross_entropy_bwd", "cross_entropy_fwd_inplace"
+            ),
+            refuses={"fwd": _cpu_refuses},
         ),
         "triton": Backend(
             kernels={
