@@ -138,6 +138,7 @@ def test_a_pipeline_in_python_with_a_step_of_its_own(pipeline_file, tmp_path):
         ('[[source]]\nname = "a"\npaths = "x"\n[mix]\ntemperature = 0', "must be above 0"),
         ('[[source]]\nname = "a"\npaths = "x"\n[[step]]\nuse = "redact"\n[[step]]\nuse = "c4"', "put it before"),
         ('[[source]]\nname = "a"\npaths = "x"\n[[step]]\nuse = "c4"\n[[step]]\nuse = "c4"', "two steps have the name"),
+        ('[[source]]\nname = "a"\npaths = "x"\n[[step]]\nuse = "c4"\nname = "c.4"', "must have no dot"),
         ("not toml", "not valid TOML"),
     ],
 )

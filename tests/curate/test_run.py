@@ -65,6 +65,9 @@ vocab_size = 300
     assert rows_of(run, "heldout")[0]["text"].startswith(first.split("<|endoftext|>")[0])
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     assert "near_dedup.copy" in page and "gopher_quality.min_words" in page
+    assert all(entry["seconds"] > 0 for entry in manifest["funnel"]) and manifest["phases"]["tag"] > 0
+    assert manifest["rules"]["language.min_score"]["step_seconds"] == manifest["funnel"][1]["seconds"]
+    assert f"its step took {manifest['funnel'][1]['seconds']:.2f} CPU s" in page and "encode" in page
 
 
 def test_thresholds_change_without_another_pass_over_the_text(curate, write_documents, rows_of, monkeypatch):

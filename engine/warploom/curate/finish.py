@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from warploom.curate.decontaminate import Decontaminate
+from warploom.curate.dedup import NearDedup
 from warploom.curate.mix import MixOrder, budgets, cluster_repeats, order
 from warploom.curate.pipeline import Pipeline
 from warploom.curate.report import write_report
@@ -23,10 +24,15 @@ _SIDES = ("train", "heldout")
 
 
 def finish(
-    pipeline: Pipeline, plan: dict[str, Any], cut_dir: Path, folder: Path, cursors: list[dict[str, Any]]
+    pipeline: Pipeline,
+    plan: dict[str, Any],
+    cut_dir: Path,
+    folder: Path,
+    cursors: list[dict[str, Any]],
+    seconds: dict[str, float],
 ) -> None:
     """Make folder hold the result: train/, heldout/, dropped/ if asked for, documents.jsonl.zst, tokens/ and
-    provenance/ if asked for, manifest.json, report.html."""
+    provenance/ if asked for, manifest.json, report.html. seconds: CPU time by phase."""
     names = [f"{task:05d}" for task in range(len(plan["tasks"]))]
     decided = read_json(cut_dir / "decide" / "00000.done.json")
     written = [read_json(cut_dir / "write" / f"{name}.done.json") for name in names]
@@ -40,7 +46,7 @@ def finish(
     mixed = None
     if pipeline.tokens is not None:
         mixed = _write_tokens(pipeline, cut_dir, names, new, written)
-    manifest = _manifest(pipeline, plan, cursors, decided, written, mixed)
+    manifest = _manifest(pipeline, plan, cursors, decided, written, mixed, seconds)
     write_json(new / "manifest.json", manifest)
     excerpts = {int(row): text for result in written for row, text in result["excerpts"].items()}
     write_report(new / "report.html", folder.resolve().name, manifest, excerpts)
@@ -157,6 +163,7 @@ def _manifest(
     decided: dict[str, Any],
     written: list[dict[str, Any]],
     mixed: dict[str, Any] | None,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     problems: dict[str, int] = {}
     for cursor in cursors:
@@ -171,9 +178,12 @@ def _manifest(
                     total[name] += value
     # Tokens of what was dropped are never made: they are reckoned at the rate of what was kept.
     bytes_per_token = mixed.pop("bytes_per_token") if mixed else None
-    funnel = _funnel(pipeline, cursors, decided, bytes_per_token)
-    for stats in decided["rules"].values():
+    funnel = _funnel(pipeline, cursors, decided, bytes_per_token, seconds)
+    seconds_of_step = {entry["step"]: entry["seconds"] for entry in funnel}
+    for name, stats in decided["rules"].items():
         stats["dropped_tokens"] = _tokens(stats["dropped_bytes"], bytes_per_token)
+        # A step writes all its scores in one pass, so its rules share its time; holding a score to a bound takes none.
+        stats["step_seconds"] = seconds_of_step[name.split(".")[0]]
     return {
         "format": "warploom-curated",
         "version": 1,
@@ -185,6 +195,7 @@ def _manifest(
         "problems": problems,
         "damaged_files": sorted(message for cursor in cursors for message in cursor["damaged"]),
         "funnel": funnel,
+        "phases": {phase: round(spent, 3) for phase, spent in seconds.items() if phase != "finish"},
         "rules": decided["rules"],
         "sources": sides,
         "repeated_lines": decided["repeated_lines"],
@@ -212,7 +223,11 @@ def _tokens(size: float, bytes_per_token: float | None) -> int | None:
 
 
 def _funnel(
-    pipeline: Pipeline, cursors: list[dict[str, Any]], decided: dict[str, Any], bytes_per_token: float | None
+    pipeline: Pipeline,
+    cursors: list[dict[str, Any]],
+    decided: dict[str, Any],
+    bytes_per_token: float | None,
+    seconds: dict[str, float],
 ) -> list[dict[str, Any]]:
     """One entry per step: documents and bytes that reached it in the cut, what it dropped, its time and counts."""
     documents, size = sum(decided["dropped_at"]), sum(decided["dropped_bytes_at"])
@@ -225,6 +240,8 @@ def _funnel(
                 stats[name] += one[name]
             for name, count in one["counts"].items():
                 stats["counts"][name] = stats["counts"].get(name, 0) + count
+        if isinstance(step, NearDedup):
+            stats["seconds"] += seconds["link"]  # comparing the candidates, after its hashes
         dropped, dropped_bytes = decided["dropped_at"][index], int(decided["dropped_bytes_at"][index])
         funnel.append(
             {

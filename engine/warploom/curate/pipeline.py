@@ -84,6 +84,9 @@ class Pipeline:
             for name in names:
                 if names.count(name) > 1:
                     raise UserError(f"two {kind}s have the name {name!r}; set name to tell them apart")
+        for step in self.steps:
+            if "." in step.name:  # which parts it from its rules in reasons and scores
+                raise UserError(f"a step's name must have no dot, got {step.name!r}")
         for use in ("exact_dedup", "near_dedup", "line_dedup"):
             if sum(step.NAME == use for step in self.steps) > 1:
                 raise UserError(f"the step {use} stands twice; keep one")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,19 @@ class Run:
             raise UserError(f"the run in {self.folder} has no task {index} of a phase {phase!r}; it has {known}")
         if not self.is_done(phase, index):
             (self.cut_dir / phase).mkdir(parents=True, exist_ok=True)
+            started = time.process_time()
             _PHASES[phase](self, index)
+            write_json(self._seconds_file(phase, index), time.process_time() - started)
+
+    def _seconds_file(self, phase: str, index: int) -> Path:
+        """Beside the results, which are the same bytes however long they took."""
+        folder = self.tag_dir / f"{index:05d}" if phase == "tag" else self.cut_dir / phase
+        return folder / f"{index:05d}.seconds.json"
+
+    def seconds(self) -> dict[str, float]:
+        """CPU seconds of each phase, of the processes that finished its tasks; 0 for one that was not timed."""
+        files = {phase: [self._seconds_file(phase, i) for i in range(count)] for phase, count in self.phases()}
+        return {phase: sum(read_json(f) for f in of_phase if f.exists()) for phase, of_phase in files.items()}
 
     def is_published(self) -> bool:
         """Whether the result in the folder is that of this plan, and not of other thresholds."""
@@ -288,7 +301,7 @@ def _encode(run: Run, index: int) -> None:
 
 
 def _finish(run: Run, index: int) -> None:
-    finish(run.pipeline, run.plan, run.cut_dir, run.folder, run.cursors())
+    finish(run.pipeline, run.plan, run.cut_dir, run.folder, run.cursors(), run.seconds())
     write_json(run.folder / "result.json", {"cut_key": run.plan["cut_key"]})
     write_json(run._done_file("finish", 0), {})
 
