@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from warploom.errors import UserError
+from warploom.evaluate.compare import PAGE, write_comparison
 from warploom.evaluate.config import EvalConfig
 from warploom.evaluate.perplexity import evaluate
 from warploom.evaluate.run import evaluate_tasks, find_tasks
@@ -22,7 +23,7 @@ from warploom.train.load_model import LoadedModel, load_model
 
 @dataclass(frozen=True)
 class Command:
-    """Measure models on text they were not trained on, or, with --tasks, on benchmarks."""
+    """Measure models on text they were not trained on, or, with --tasks, on benchmarks, compared on one page."""
 
     checkpoint: tyro.conf.Positional[tuple[Path, ...]]
     """step-... folders, or run folders, whose newest sound checkpoint is taken."""
@@ -34,6 +35,8 @@ class Command:
     of task files, and task=PATH for a task whose files lie elsewhere."""
     out: Path = Path("eval")
     """tasks: where results go, a folder for each checkpoint; what is there already is not computed again."""
+    compare: tuple[Path, ...] = ()
+    """Results folders of earlier evaluations, to stand on the page of this one, or on one of their own."""
     seq_len: int | None = None
     """Text: tokens the model may look back at most; None takes the length it was trained with."""
     base: Path | None = None
@@ -45,18 +48,25 @@ class Command:
     config: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
 
     def run(self) -> None:
-        if not self.checkpoint:
+        if not self.checkpoint and not self.compare:
             raise UserError("no checkpoint was given; name one or more")
         if self.threads:
             torch.set_num_threads(self.threads)
         names = [name for words in self.tasks for name in words.split(",") if name]
         tasks = find_tasks(names)
+        if self.compare and not (self.checkpoint and tasks):
+            if self.checkpoint:
+                raise UserError("compare puts results of tasks side by side; name tasks for the checkpoint, too")
+            self.out.mkdir(parents=True, exist_ok=True)
+            print(f"comparison: {write_comparison(self.compare, self.out / PAGE)}")
+            return
         if not tasks:
             for checkpoint in self.checkpoint:
                 self._measure_text(self._load(checkpoint))
             return
         if not self.data:
             raise UserError("tasks need their files; name the folder that holds them with --data")
+        folders = []
         for checkpoint in self.checkpoint:
             loaded = self._load(checkpoint)
             folder = self.out / label(loaded)
@@ -65,6 +75,8 @@ class Command:
                 evaluate_tasks(
                     loaded, tasks, self.data, folder, self.config, on_progress=progress.show, on_figures=progress.done
                 )
+            folders.append(folder)
+        print(f"comparison: {write_comparison([*folders, *self.compare], self.out / PAGE)}")
 
     def _load(self, checkpoint: Path) -> LoadedModel:
         return load_model(
