@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -t
 	# torch first: the extension compiles against the torch it will run with.
 	$(PIP) pip setuptools ninja numpy torch
 	$(PIP) --no-build-isolation -e '.[dev]'
-	@$(BIN)/python -c 'import json; r = json.load(open("engine/warploom/_build.json")); print("compiled kernels: " + (", ".join(r["levels"]) if r["built"] else "none, so everything runs on torch alone: " + r["reason"]))'
+	@$(BIN)/python -c 'import json; r = json.load(open("engine/warploom/_build.json")); print("compiled kernels: " + (", ".join(r["levels"]) if r["built"] else "none, so everything runs on torch alone: " + r["reason"])); c = r.get("cuda", {}); print("CUDA kernels: " + (", ".join("sm_" + a for a in c.get("archs", ())) or "none: " + (c.get("reason") or r["reason"])))'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -50,17 +50,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
+	git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs --no-run-if-empty $(BIN)/clang-format -i
+	git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' | xargs --no-run-if-empty $(BIN)/clang-format -i
 
 # A second build of the extension under AddressSanitizer and UBSan, and every kernel at two levels through it.
 SANITIZE := -fsanitize=address,undefined
 asan: $(VENV)/.installed
-	CXXFLAGS="$(SANITIZE) -fno-sanitize=vptr -O1 -g -fno-omit-frame-pointer -Wno-uninitialized" LDFLAGS="$(SANITIZE)" \
+	WARPLOOM_CUDA_ARCHS=none CXXFLAGS="$(SANITIZE) -fno-sanitize=vptr -O1 -g -fno-omit-frame-pointer -Wno-uninitialized" LDFLAGS="$(SANITIZE)" \
 	    $(BIN)/python setup.py -q build --build-lib build/asan
 	for level in portable avx2; do \
 	    WARPLOOM_CPU_LEVEL=$$level PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \

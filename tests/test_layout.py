@@ -49,7 +49,10 @@ def test_no_kernel_file_is_an_orphan():
     triton = {path.stem for path in PACKAGES[1].glob("*.py") if not path.stem.startswith("_")}
     bindings = {path.stem for path in (ROOT / "csrc" / "bindings").glob("*.cpp")}
     units = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    cuda = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     assert triton <= op_files() and units <= op_files() and units <= bindings
+    assert {f"{stem}_cuda" for stem in cuda} == {stem for stem in bindings if stem.endswith("_cuda")}
+    assert {name for name, op in REGISTRY.items() if "cuda" in op.backends} == cuda
     assert {name for name, op in REGISTRY.items() if "triton" in op.backends} == triton
     made_of_others = {"linear_glu"}  # on the CPU: two calls of linear's kernels
     assert {name for name, op in REGISTRY.items() if "cpu" in op.backends} == units | made_of_others

@@ -2,96 +2,43 @@
 
 #include <cmath>
 
+#include "bindings/adamw.h"
 #include "bindings/linear.h"
 
 namespace warploom::bindings {
 namespace {
 
-struct Lists {
-  at::TensorList params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, packed;
-};
-
-void check_lists(const Lists& lists) {
-  const auto& params = lists.params;
-  const auto dtype = params[0].scalar_type();
-  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "params must be floating point, got ", dtype);
-  const auto check_list = [&](const char* name, at::TensorList list) {
-    TORCH_CHECK_VALUE(list.size() == params.size(), name, " must hold ", params.size(), " tensors as params does, got ",
-                      list.size());
-  };
-  const auto check_tensors = [&](const char* name, at::TensorList list, at::ScalarType expected) {
-    check_list(name, list);
-    for (size_t i = 0; i < list.size(); ++i) {
-      TORCH_CHECK_VALUE(list[i].sizes() == params[i].sizes(), name, "[", i, "] must be ", params[i].sizes(),
-                        " as params[", i, "] is, got ", list[i].sizes());
-      TORCH_CHECK_TYPE(list[i].scalar_type() == expected, name, "[", i, "] must be ", expected, ", got ",
-                       list[i].scalar_type());
-    }
-  };
-  const bool narrow_grads =
-      dtype == at::kFloat && !lists.grads.empty() && lists.grads[0].scalar_type() == at::kBFloat16;
-  check_tensors("params", params, dtype);
-  check_tensors("grads", lists.grads, narrow_grads ? at::kBFloat16 : dtype);
-  check_tensors("exp_avgs", lists.exp_avgs, dtype);
-  check_tensors("exp_avg_sqs", lists.exp_avg_sqs, dtype);
-  if (!lists.max_exp_avg_sqs.empty()) check_tensors("max_exp_avg_sqs", lists.max_exp_avg_sqs, dtype);
-  check_list("state_steps", lists.state_steps);
-  if (!lists.packed.empty()) check_list("packed", lists.packed);
+void check_panels(const AdamWLists& lists) {
   for (size_t i = 0; i < lists.packed.size(); ++i) {
     if (lists.packed[i].numel() == 0) continue;
-    TORCH_CHECK_VALUE(params[i].dim() == 2 && params[i].is_contiguous() && dtype == at::kFloat, "params[", i,
+    const Tensor& param = lists.params[i];
+    TORCH_CHECK_VALUE(param.dim() == 2 && param.is_contiguous() && param.scalar_type() == at::kFloat, "params[", i,
                       "] must be a contiguous float32 matrix to be packed");
-    check_packed(lists.packed[i], params[i], at::kBFloat16);
-  }
-  for (size_t i = 0; i < params.size(); ++i) {
-    const Tensor& step = lists.state_steps[i];
-    TORCH_CHECK_VALUE(step.numel() == 1, "state_steps[", i, "] must be one number, got ", step.sizes());
-    TORCH_CHECK_TYPE(step.scalar_type() == at::kFloat || step.scalar_type() == at::kDouble, "state_steps[", i,
-                     "] must be float32 or float64, got ", step.scalar_type());
+    check_packed(lists.packed[i], param, at::kBFloat16);
   }
 }
-
-// Adds one to the step counter and returns it.
-double advance(const Tensor& step) {
-  if (step.scalar_type() == at::kFloat) return *static_cast<float*>(step.mutable_data_ptr()) += 1.0f;
-  return *static_cast<double*>(step.mutable_data_ptr()) += 1.0;
-}
-
-// What the kernel writes in the place of a tensor that it cannot take.
-struct Copy {
-  Tensor original, dense;
-};
 
 template <class T, class Grad>
-void step(cpu::AdamWStep<T, Grad> kernel, const Lists& lists, double lr, const cpu::AdamWOptions& options) {
+void step(cpu::AdamWStep<T, Grad> kernel, const AdamWLists& lists, double lr, const cpu::AdamWOptions& options) {
   std::vector<cpu::AdamWTensor<T, Grad>> work;
-  std::vector<Copy> copies;
+  DenseTensors tensors;
   work.reserve(lists.params.size());
   for (size_t i = 0; i < lists.params.size(); ++i) {
     const double step = advance(lists.state_steps[i]);
     const Tensor& param = lists.params[i];
     if (param.numel() == 0) continue;
-    const Tensor* max_exp_avg_sq = lists.max_exp_avg_sqs.empty() ? nullptr : &lists.max_exp_avg_sqs[i];
-    // The kernel goes through a parameter's tensors in the order of memory: without gaps, and all in one order.
-    bool is_dense = param.is_non_overlapping_and_dense();
-    for (const Tensor* tensor : {&lists.grads[i], &lists.exp_avgs[i], &lists.exp_avg_sqs[i], max_exp_avg_sq}) {
-      is_dense = is_dense && (tensor == nullptr || tensor->strides() == param.strides());
-    }
-    const auto memory = [&](const Tensor& tensor) {
-      if (is_dense) return tensor.mutable_data_ptr();
-      copies.push_back({tensor, tensor.contiguous()});
-      return copies.back().dense.mutable_data_ptr();
-    };
+    const bool is_dense = DenseTensors::are_dense(lists, i);
+    const auto memory = [&](const Tensor& tensor) { return tensors.memory(tensor, is_dense); };
     work.push_back(
         {static_cast<T*>(memory(param)), static_cast<Grad*>(memory(lists.grads[i])),
          static_cast<T*>(memory(lists.exp_avgs[i])), static_cast<T*>(memory(lists.exp_avg_sqs[i])),
-         max_exp_avg_sq == nullptr ? nullptr : static_cast<T*>(memory(*max_exp_avg_sq)), param.numel(),
+         lists.max_exp_avg_sqs.empty() ? nullptr : static_cast<T*>(memory(lists.max_exp_avg_sqs[i])), param.numel(),
          param.dim() == 2 && (!is_dense || param.is_contiguous()) ? param.size(1) : 1,
          lr / (1 - std::pow(options.beta1, step)), 1 / std::sqrt(1 - std::pow(options.beta2, step)),
          lists.packed.empty() || lists.packed[i].numel() == 0 ? nullptr : lists.packed[i].mutable_data_ptr()});
   }
   kernel(work.data(), static_cast<int64_t>(work.size()), options);
-  for (const Copy& copy : copies) copy.original.copy_(copy.dense);
+  tensors.write_back();
 }
 
 void adamw_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -99,8 +46,9 @@ void adamw_step(at::TensorList params, at::TensorList grads, at::TensorList exp_
                 double beta1, double beta2, double weight_decay, double eps, bool maximize, double grad_factor,
                 bool clear_grads) {
   if (params.empty()) return;
-  const Lists lists = {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, packed};
+  const AdamWLists lists = {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, packed};
   check_lists(lists);
+  check_panels(lists);
   // Negation is exact, so the sign can ride on the factor.
   const cpu::AdamWOptions options = {
       beta1, beta2, eps, 1 - lr * weight_decay, maximize ? -grad_factor : grad_factor, clear_grads};

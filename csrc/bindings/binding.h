@@ -1,7 +1,7 @@
 // What every binding needs: checks of operator arguments, the switch over dtypes, raw pointers. Include this instead of
 // torch/extension.h, which takes several times as long to compile.
 //
-// The operators of torch.ops.warploom_cpu are called by the operators of torch.ops.warploom alone
+// The operators of torch.ops.warploom_cpu and warploom_cuda are called by the operators of torch.ops.warploom alone
 // (engine/warploom/ops), which the public functions have checked; the checks here are what keeps a direct call from
 // reading out of bounds.
 #pragma once
@@ -36,6 +36,15 @@ void switch_dtype(const Tensor& tensor, Body&& body) {
     default:
       TORCH_CHECK_TYPE(false, "expected float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
   }
+}
+
+// The same for the kernels of csrc/cuda, which do not compute in float64.
+template <class Body>
+void switch_gpu_dtype(const Tensor& tensor, Body&& body) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() != at::kDouble, "expected float32, bfloat16 or float16, got float64");
+  switch_dtype(tensor, [&](auto element) {
+    if constexpr (!std::is_same_v<decltype(element), double>) body(element);
+  });
 }
 
 template <class T>

@@ -50,6 +50,11 @@ def extension_rows() -> Iterator[tuple[str, ...]]:
     record = _extension.build_record()
     yield "state", "loaded" if _extension.missing is None else _extension.missing
     yield "compiler", record.get("compiler") or "none was used"
+    if record:
+        cuda = record.get("cuda", {})
+        archs = ", ".join(f"sm_{arch}" for arch in cuda.get("archs", ()))
+        built = f"{archs}, and PTX of the last; nvcc {cuda['nvcc']}" if archs else None
+        yield "CUDA kernels", built or _extension.cuda_not_built() or ""
     yield "built against", f"torch {record['torch']}" if record.get("torch") else "nothing"
 
 

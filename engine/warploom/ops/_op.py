@@ -22,8 +22,9 @@ from warploom.errors import UserError, nearest
 from warploom.ops import _tuning
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# Tried in this order; an op's record decides which of them exist.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Tried in this order; an op's record decides which of them exist. Triton comes before CUDA C++ as long as no card has
+# shown which is faster.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 REGISTRY: dict[str, Op] = {}
 _Objection = Callable[..., "str | None"]
 # The back end and its name, why not these arguments, why another first, key in calls.

@@ -47,11 +47,10 @@ def adamw(
     Lists of equal length; each parameter's tensors have its shape and device, and all of them one floating dtype,
     except that grads may be bfloat16 beside float32. max_exp_avg_sqs is empty, or takes the maxima of exp_avg_sq and
     serves in its place under the root (AMSGrad). state_steps: one float32 or float64 number each, on the CPU for back
-    end cpu. The arithmetic is float32 at least. clear_grads writes zeros into grads, which otherwise stay as they are:
-    grad_factor never reaches them. packed is empty, or holds for each parameter the memory of its PackedWeight for
-    bfloat16 activations, panels of the CPU's products or a plain copy, which receives the new values in the same pass,
-    or an empty tensor. Raises ValueError for a
-    wrong length or shape, TypeError for a wrong dtype.
+    ends cpu and cuda. The arithmetic is float32 at least. clear_grads writes zeros into grads, which otherwise stay as
+    they are: grad_factor never reaches them. packed is empty, or holds for each parameter the memory of its
+    PackedWeight for bfloat16 activations, panels of the CPU's products or a plain copy, which receives the new values
+    in the same pass, or an empty tensor. Raises ValueError for a wrong length or shape, TypeError for a wrong dtype.
     """
     if not params:
         return
@@ -206,6 +205,17 @@ def _triton_refuses(
     return _triton.refuses_tensor(params[0])
 
 
+def _cuda_refuses(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, packed, *_settings) -> str | None:
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    if params[0].dtype == torch.float64:
+        return "it computes in float32, not in float64"
+    if any(panels.dtype != torch.bfloat16 and panels.numel() for panels in packed):
+        return "it does not write the panels of the CPU's products"
+    if any(step.device.type != "cpu" for step in state_steps):
+        return "state_steps must be on the CPU"
+    return None
+
+
 def _fake_step(*args):
     return None
 
@@ -271,6 +281,12 @@ OP = Op(
             devices=("cuda", "cpu"),
             missing=_triton.missing,
             refuses={"step": _triton_refuses},
+        ),
+        "cuda": Backend(
+            kernels={"step": _extension.cuda_kernel("adamw_step")},
+            devices=("cuda",),
+            missing=lambda: _extension.why_cuda_missing("adamw_step"),
+            refuses={"step": _cuda_refuses},
         ),
     },
     cases=(

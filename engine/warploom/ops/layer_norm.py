@@ -100,6 +100,13 @@ def _reference_bwd(dy, dstream, x, weight, mean, rstd):
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
+def _cuda_refuses(x: Tensor) -> str | None:
+    widest = 8192 if x.dtype == torch.float32 else 12288
+    if x.shape[-1] > widest:
+        return f"its rows hold at most {widest} elements of {x.dtype}, got {x.shape[-1]}"
+    return "it computes in float32, not in float64" if x.dtype == torch.float64 else None
+
+
 def _fake_fwd(x, weight, bias, residual, eps):
     rows = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -155,6 +162,12 @@ OP = Op(
                 "bwd": lambda dy, ds, x, *_: _triton.refuses_rows(x),
             },
         ),
+        "cuda": Backend(
+            kernels={s: _extension.cuda_kernel(f"layer_norm_{s}") for s in _SCHEMAS},
+            devices=("cuda",),
+            missing=lambda: _extension.why_cuda_missing("layer_norm_fwd", "layer_norm_bwd"),
+            refuses={"fwd": lambda x, *_: _cuda_refuses(x), "bwd": lambda dy, ds, x, *_: _cuda_refuses(x)},
+        ),
     },
     cases=(
         Case("tiny", _case(2, 3, 8, residual=True), gradcheck=True),
@@ -162,6 +175,7 @@ OP = Op(
         Case("one_element", _case(3, 1)),
         Case("no_rows", _case(0, 16, residual=True)),
         *(Case(f"width_{C}", _case(7, C, residual=True)) for C in (7, 63, 65, 257, 768, 1000)),
+        Case("many_rows", _case(41, 24, residual=True)),
         Case("large_mean", _case(5, 96, mean=1000.0), dtypes=(torch.float32,)),
     ),
     bad_cases=(

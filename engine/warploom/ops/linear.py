@@ -163,7 +163,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, panels, activation):
         # ReLU's derivative is where its output is positive; the others are taken from the sum before the activation.
         # The backward of a GPU reads that as a bit mask, a sixteenth of the output; on a CPU packing bits costs more.
-        masked = activation == "relu" and (x.device.type == "cuda" or OP.forced() == "triton")
+        masked = activation == "relu" and (x.device.type == "cuda" or OP.forced() in ("triton", "cuda"))
         reads_y = activation == "relu" and not masked
         need_saved = activation != "none" and not reads_y and any(ctx.needs_input_grad)
         y, saved = torch.ops.warploom.linear_fwd.default(x, weight, bias, panels, activation, need_saved)
@@ -260,6 +260,16 @@ def is_left_to_torch(x: Tensor, activation: str) -> str | None:
     return None
 
 
+def _cuda_refuses(x: Tensor, weight: Tensor, activation: str) -> str | None:
+    if not _packs(x.dtype):
+        return f"it multiplies bfloat16 and float16, not {x.dtype}"
+    if activation not in ("none", "relu"):
+        return f"its activation is none or relu, not {activation}"
+    if weight.numel() == 0 or any(size % 8 for size in weight.shape):
+        return f"its weight is (F, C) of multiples of 8, got {tuple(weight.shape)}"
+    return None
+
+
 def left_to_cublas(x: Tensor, activation: str) -> str | None:
     """Why the Triton kernels leave a call to torch's products, None if they do not: without tensor cores, or with
     nothing to fuse but the bias, which cuBLAS adds too."""
@@ -352,6 +362,23 @@ OP = Op(
                 "bwd": lambda dy, x, weight, panels, saved, activation, *needs: left_to_cublas(x, activation),
             },
         ),
+        "cuda": Backend(
+            kernels={s: _extension.cuda_kernel(f"linear_{s}") for s in _SCHEMAS},
+            devices=("cuda",),
+            missing=lambda: _extension.why_cuda_missing("linear_fwd", "linear_bwd"),
+            refuses={
+                "fwd": lambda x, weight, bias, panels, activation, need_saved: _cuda_refuses(x, weight, activation),
+                "bwd": lambda dy, x, weight, panels, saved, activation, *_: (
+                    "its backward reads a bit mask of ReLU's output, and not the output"
+                    if activation == "relu" and saved.dtype != torch.uint8
+                    else _cuda_refuses(x, weight, activation)
+                ),
+            },
+            slower={
+                "fwd": lambda x, weight, bias, panels, activation, need_saved: left_to_cublas(x, activation),
+                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: left_to_cublas(x, activation),
+            },
+        ),
     },
     cases=(
         Case("tiny", _case(2, 3, 5, C=4), gradcheck=True),
@@ -370,6 +397,7 @@ OP = Op(
                 (129, 40, 80, "silu"),
                 (3, 3200, 33, "relu"),
                 (40, 64, 1700, "none"),
+                (200, 72, 136, "relu"),
             )
         ),
         Case("batched", _case(2, 3, 64, C=48)),
@@ -377,6 +405,7 @@ OP = Op(
             Case(f"float32_weight_{name}", _case(70, 90, C=100, activation=name), _HALF, wide=("weight", "bias"))
             for name in ("none", "relu", "gelu_tanh")
         ),
+        Case("float32_weight_of_eights", _case(70, 88, C=104, activation="relu"), _HALF, wide=("weight", "bias")),
     ),
     bad_cases=(
         _bad("weight_shape", r"weight must be \(F, C\)", weight=torch.ones(3, 5)),
