@@ -15,6 +15,7 @@ class ByteCodec:
     """Token i is byte i; 256 ends a document."""
 
     eos_id = 256
+    vocab_size = 257
 
     def encode(self, text):
         return list(text.encode("utf-8"))
@@ -30,6 +31,24 @@ def tiny(**changes):
     torch.manual_seed(0)
     shape = dict(vocab_size=257, max_seq_len=48, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, init_std=0.3)
     return Transformer(TransformerConfig(**{**shape, **changes}))
+
+
+def test_a_padded_vocabulary_has_no_words_of_its_own():
+    """Rows of the output layer that no token goes with are never drawn, however likely they are."""
+    model = tiny(vocab_size=320)
+    with torch.no_grad():
+        model.output_weight[257:] *= 50
+    drawn = []
+
+    class Watching(ByteCodec):
+        def decode(self, ids):
+            drawn.extend(ids)
+            return super().decode(ids)
+
+    for temperature in (0.0, 1.0):
+        sampling = SamplingConfig(temperature=temperature, max_new_tokens=20, repetition_penalty=1.3, num_samples=3)
+        generate(model, Watching(), ["the quick", "a"], sampling)
+    assert len(drawn) > 20 and max(drawn) < 257
 
 
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "t5", "none")

@@ -19,6 +19,8 @@ class TextCodec(Protocol):
 
     @property
     def eos_id(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_beginning(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -77,7 +79,8 @@ def generate(
                 emit(row, piece)
         return all(finished)
 
-    sample_tokens(model, [encoded[p] for p, _ in rows], sampling, generators, on_step, source=source)
+    prompts_of_rows = [encoded[p] for p, _ in rows]
+    sample_tokens(model, prompts_of_rows, sampling, generators, on_step, source=source, num_tokens=tokenizer.vocab_size)
     for row, stream in enumerate(streams):
         emit(row, stream.end())
     texts = iter(stream.text for stream in streams)
@@ -99,11 +102,13 @@ def sample_tokens(
     on_step: Callable[[list[int]], bool],
     *,
     source: Sequence[Sequence[int]] | None = None,
+    num_tokens: int | None = None,
 ) -> None:
     """Draw the next token of every row and hand them to on_step, until it returns True, or max_new_tokens are drawn, or
     the longest row fills the context.
 
-    prompts: rows of token ids, at least one each. source: for an encoder-decoder, rows of source ids.
+    prompts: rows of token ids, at least one each. source: for an encoder-decoder, rows of source ids. num_tokens: ids
+    from there on are never drawn, as a vocabulary that was padded for speed has them; None draws all.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -114,7 +119,8 @@ def sample_tokens(
         room = min(T + sampling.max_new_tokens, model.config.max_seq_len)
         tokens = torch.nn.functional.pad(tokens, (0, room - T))
         # What begins a document is not a word that could be repeated.
-        seen = _mark_seen(tokens[:, 1:], lengths - 1, model.config.vocab_size)
+        known = min(num_tokens or model.config.vocab_size, model.config.vocab_size)
+        seen = _mark_seen(tokens[:, 1:], lengths - 1, model.config.vocab_size)[:, :known]
         arguments: dict[str, Tensor] = {}
         if source is not None:
             padded, arguments["source_lengths"] = pad_right(source, device)
@@ -131,7 +137,7 @@ def sample_tokens(
                 hidden = model(last[:, None], positions=(lengths - 1)[:, None], cache=cache, **arguments)[:, 0]
             if cache is not None:
                 cache.advance()
-            drawn = _next_tokens(model.logits(hidden).float(), seen, sampling, generators)  # (B,)
+            drawn = _next_tokens(model.logits(hidden).float()[:, :known], seen, sampling, generators)  # (B,)
             tokens[rows, lengths] = drawn
             seen[rows, drawn] = True
             lengths = lengths + 1
