@@ -78,11 +78,6 @@ LONG = {
         "parallel": {"pipeline": 2, "context": 2, "tensor": 2, "schedule": "1f1b"},
         "model": {**TRANSLATOR, "position": "rotary"},
     },
-    "data x tensor, float32, ReLU, plain gradient steps": {
-        "parallel": {"data": 2, "tensor": 4},
-        "dtype": "float32",
-        "optimizer": "sgd",
-    },
     "shard x tensor, float32": {
         "parallel": {"shard": 4, "tensor": 2},
         "model": {"activation": "gelu_tanh"},
