@@ -30,6 +30,14 @@ def test_each_other_back_end_has_its_reason():
             assert (f"not {other}: " in why) == (other != chosen)
 
 
+@CPU_EXTENSION
+def test_what_is_left_to_torch_is_said():
+    rows = {row[0]: row[3] for row in op_rows() if row[1] == "cpu"}
+    for name, op in REGISTRY.items():
+        leaves = bool(op.backends["cpu"].slower) if "cpu" in op.backends else False
+        assert ("leaves to torch, by measurement: " in rows[name]) == leaves, name
+
+
 def test_a_demanded_back_end_is_shown_even_if_it_cannot_be_used():
     with backend("reference"):
         chosen, why = rows_of_ops()["layer_norm", "cpu"]

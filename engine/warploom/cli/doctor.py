@@ -95,6 +95,8 @@ def _choice(op: Op, device: str) -> tuple[str, str]:
         why = ["demanded by WARPLOOM_BACKEND" + (f", but it cannot be used: {refusal}" if refusal else "")]
     else:
         why = ["the first in order that can be used here", *_measured(op, device)]
+    if not forced and op.backends[chosen].leaves:
+        why.append(f"leaves to torch, by measurement: {op.backends[chosen].leaves}")
     for name in op.backends:
         if name != chosen:
             refusal = op.refusal(name, device)

@@ -48,6 +48,7 @@ class Backend:
     refuses: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)  # why it cannot take these arguments
     # Why the next back end is the faster one for these arguments, by measurement; asked unless this one is forced.
     slower: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
+    leaves: str = ""  # what `slower` leaves to the next back end, in words for warploom doctor
 
 
 @dataclass(frozen=True)

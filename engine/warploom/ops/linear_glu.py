@@ -204,6 +204,7 @@ OP = Op(
                 "fwd": lambda x, *_: is_left_to_torch(x, "none"),
                 "bwd": lambda dy, x, *_: is_left_to_torch(x, "none"),
             },
+            leaves="float32",
         ),
         "triton": Backend(
             kernels={s: _triton.launcher("linear_glu", f"launch_linear_glu_{s}") for s in ("fwd", "bwd")},

@@ -155,6 +155,7 @@ OP = Op(
             devices=("cpu",),
             missing=lambda: _extension.why_missing("linear_qkv_fwd", "linear_qkv_bwd", "linear_pack"),
             slower={s: lambda x, *_: is_left_to_torch(x, "none") for s in ("fwd", "bwd")},
+            leaves="float32",
         ),
         "triton": Backend(
             kernels={s: _triton.launcher("linear_qkv", f"launch_linear_qkv_{s}") for s in ("fwd", "bwd")},
