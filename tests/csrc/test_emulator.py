@@ -29,15 +29,18 @@ def _load_build():
 
 
 build = _load_build()
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = [
+    pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
+    pytest.mark.timeout(1800),  # the first test of the module compiles
+]
 
 OPS = sorted(name for name, op in REGISTRY.items() if "cuda" in op.backends)
 # What runs each time: cases that between them take every branch of the kernels.
 QUICK = {
     "adamw": "ragged|several_blocks|amsgrad|clipped",
-    "attention": "causal_130_128|wide_|nothing_seen_64|full_100_77",
+    "attention": "nothing_seen_64|wide_96",
     "layer_norm": "tiny|no_rows|width_65|width_1000|many_rows",
-    "linear": "no_rows|200x72x136|of_eights|64x32x31|2x64x40",
+    "linear": "no_rows|200x72x136|of_eights",
 }
 
 

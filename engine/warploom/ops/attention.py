@@ -376,6 +376,38 @@ def _triton_refuses_bwd(do, q, k, v, o, lse, bias, *others):
     return _triton_refuses(q, others[-2])
 
 
+_CUDA_WIDTHS = (64, 96, 128, 256)
+
+
+def _cuda_refuses(q, k, v, bias, cu_seqlens, cu_seqlens_k, key_lengths, causal, window, softmax_scale):
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it multiplies bfloat16 and float16, not {q.dtype}"
+    if q.shape[-1] not in _CUDA_WIDTHS:
+        return f"its heads are {', '.join(map(str, _CUDA_WIDTHS))} wide, got {q.shape[-1]}"
+    options = {"bias": bias, "cu_seqlens": cu_seqlens, "key_lengths": key_lengths, "window": window}
+    for name, option in options.items():
+        if option is not None:
+            return f"it takes no {name}"
+    if q.shape[0] * q.shape[1] > 65535:
+        return f"its B * H is at most 65535, got {q.shape[0] * q.shape[1]}"
+    return None if softmax_scale > 0 else f"its softmax_scale must be positive, got {softmax_scale}"
+
+
+def _cuda_refuses_bwd(do, q, k, v, o, lse, *masks_and_need):
+    return _cuda_refuses(q, k, v, *masks_and_need[:-1])
+
+
+_cuda_kernel_fwd, _cuda_kernel_bwd = (_extension.cuda_kernel(f"attention_{suffix}") for suffix in ("fwd", "bwd"))
+
+
+def _cuda_fwd(q, k, v, bias, cu_seqlens, cu_seqlens_k, key_lengths, causal, window, softmax_scale):
+    return _cuda_kernel_fwd(q, k, v, causal, softmax_scale)
+
+
+def _cuda_bwd(do, q, k, v, o, lse, bias, cu, cu_k, key_lengths, causal, window, softmax_scale, need_dbias):
+    return *_cuda_kernel_bwd(do, q, k, v, o, lse, causal, softmax_scale), q.new_empty(0)
+
+
 def _case(
     B,
     H,
@@ -482,6 +514,12 @@ OP = Op(
                 "bwd": _triton_refuses_bwd,
             },
         ),
+        "cuda": Backend(
+            kernels={"fwd": _cuda_fwd, "bwd": _cuda_bwd},
+            devices=("cuda",),
+            missing=lambda: _extension.why_cuda_missing("attention_fwd", "attention_bwd"),
+            refuses={"fwd": _cuda_refuses, "bwd": _cuda_refuses_bwd},
+        ),
     },
     cases=(
         Case("tiny", _case(2, 2, 3, 4), gradcheck=True),
@@ -516,6 +554,9 @@ OP = Op(
             Case(f"causal_{T}_{D}", _case(1, 2, T, D, causal=True))
             for T, D in ((17, 40), (64, 64), (65, 80), (129, 32), (257, 64), (130, 128))
         ),
+        Case("wide_96", _case(1, 2, 40, 96, H_kv=1, S=70, causal=True)),
+        Case("wide_256", _case(1, 1, 70, 256, causal=True)),
+        Case("nothing_seen_64", _case(1, 2, 37, 64, S=5, causal=True)),
         Case("full_100_77", _case(2, 3, 100, 64, S=77)),
         Case("multi_query", _case(2, 6, 70, 32, H_kv=1, causal=True)),
         Case("many_keys", _case(1, 2, 33, 64, S=300, causal=True, lengths=[290])),

@@ -404,7 +404,7 @@ OP = Op(
         *(Case(f"tiny_{name}", _case(3, 5, C=4, activation=name), gradcheck=True) for name in ACTIVATIONS),
         Case("one_row", _case(6, C=9)),
         Case("one_element", _case(1, 1, C=1)),
-        Case("no_rows", _case(0, 8, C=4)),
+        Case("no_rows", _case(0, 8, C=8)),
         *(
             Case(f"{N}x{C}x{width}_{name}", _case(N, width, C=C, activation=name))
             for N, C, width, name in (
