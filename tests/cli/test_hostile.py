@@ -180,8 +180,8 @@ def nan_weights(scene):
     weights = safetensors.torch.load_file(scene.newer / fmt.WEIGHTS)
     name = next(name for name, tensor in weights.items() if tensor.dim() == 2)
     weights[name][1, 2] = float("nan")
+    digest = fmt.xxh3_128(weights[name].numpy().tobytes())  # before the file changes under the tensors mapped from it
     scene.forge(fmt.WEIGHTS, safetensors.torch.save(weights))
-    digest = fmt.xxh3_128(weights[name].numpy().tobytes())
     scene.rewrite_manifest(lambda raw: raw["files"][fmt.WEIGHTS]["tensors"][name].update(xxh3_128=digest))
     return ["eval", scene.newer]
 
