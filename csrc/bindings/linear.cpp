@@ -9,17 +9,22 @@ Activation activation_of(c10::string_view name) {
   if (name == "none") return Activation::kNone;
   if (name == "relu") return Activation::kRelu;
   if (name == "relu2") return Activation::kRelu2;
+  if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "silu") return Activation::kSilu;
-  TORCH_CHECK_VALUE(false, "activation must be none, relu, relu2, gelu_tanh or silu, got ", name);
+  TORCH_CHECK_VALUE(false, "activation must be none, relu, relu2, gelu, gelu_tanh or silu, got ", name);
 }
+
+// Such as a GPT-2 model keeps its weights (Conv1D). The kernels read those as they lie.
+bool is_transposed(const Tensor& weight) { return !weight.is_contiguous() && weight.t().is_contiguous(); }
 
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& bias_any,
                                       const OptionalTensor& packed, c10::string_view activation, bool need_h) {
   check_parameter("weight", weight_any, x_any);
   const int64_t C = x_any.size(-1), F = weight_any.size(0);
   check("bias", bias_any, {F}, weight_any.scalar_type());
-  const Tensor x = x_any.contiguous(), weight = weight_any.contiguous();
+  const bool transposed = is_transposed(weight_any);
+  const Tensor x = x_any.contiguous(), weight = transposed ? weight_any : weight_any.contiguous();
   const OptionalTensor bias = contiguous(bias_any);
 
   Tensor y = at::empty(output_shape(x, F), x.options());
@@ -28,7 +33,8 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_any, const Tensor& weight_
     using T = decltype(x_element);
     using W = decltype(weight_element);
     kernels.fwd({data<T>(x), data<W>(weight), data<W>(bias), checked_packed(packed, weight, x), data<T>(y),
-                 need_h ? data<T>(h) : nullptr, activation_of(activation), y.numel() / (F > 0 ? F : 1), C, F});
+                 need_h ? data<T>(h) : nullptr, activation_of(activation), y.numel() / (F > 0 ? F : 1), C, F,
+                 transposed});
   });
   return {y, h};
 }
@@ -43,20 +49,24 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy_any, const Tensor
   check("dy", dy_any, output_shape(x_any, F), x_any.scalar_type());
   if (kind != Activation::kNone) check("saved", saved_any, output_shape(x_any, F), x_any.scalar_type());
   TORCH_CHECK_VALUE(need_dweight || !need_dbias, "need_dbias needs need_dweight");
-  const Tensor dy = dy_any.contiguous(), x = x_any.contiguous(), weight = weight_any.contiguous();
+  const bool transposed = is_transposed(weight_any);
+  const Tensor dy = dy_any.contiguous(), x = x_any.contiguous();
+  const Tensor weight = transposed ? weight_any : weight_any.contiguous();
   const Tensor saved = saved_any.contiguous();
 
   const auto empty_if = [](bool wanted, at::IntArrayRef shape, const Tensor& like) {
     return wanted ? at::empty(shape, like.options()) : at::empty({0}, like.options());
   };
-  Tensor dx = empty_if(need_dx, x.sizes(), x), dweight = empty_if(need_dweight, weight.sizes(), weight);
+  Tensor dx = empty_if(need_dx, x.sizes(), x);
+  Tensor dweight = transposed && need_dweight ? at::empty({C, F}, weight.options()).t()
+                                              : empty_if(need_dweight, weight.sizes(), weight);
   Tensor dbias = empty_if(need_dbias, {F}, weight);
   switch_parameter(cpu::linear(), x, weight, [&](const auto& kernels, auto x_element, auto weight_element) {
     using T = decltype(x_element);
     using W = decltype(weight_element);
     kernels.bwd({data<T>(dy), data<T>(x), data<W>(weight), checked_packed(packed, weight, x), data<T>(saved),
                  need_dx ? data<T>(dx) : nullptr, need_dweight ? data<W>(dweight) : nullptr,
-                 need_dbias ? data<W>(dbias) : nullptr, kind, dy.numel() / (F > 0 ? F : 1), C, F});
+                 need_dbias ? data<W>(dbias) : nullptr, kind, dy.numel() / (F > 0 ? F : 1), C, F, transposed});
   });
   return {dx, dweight, dbias};
 }

@@ -139,6 +139,15 @@ struct DotTile {
 
 #if defined(WARPLOOM_HAS_AMX)
 
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+// Not a local variable: GCC 12 takes the instruction to read its first 8 bytes only, and may drop or move the stores of
+// the others.
+static constexpr TileConfig kTileConfig{};
+
 // Tile registers: 0 to 3 hold the 2 x 2 tiles of C, 4 and 5 those of A, 6 and 7 those of B.
 struct AmxTile {
   using Element = bf16;
@@ -154,14 +163,7 @@ struct AmxTile {
   // The tile configuration of the thread, which other libraries set for themselves too. Released at the end, since
   // a thread with live tiles saves 8 KiB more at each switch.
   struct Session {
-    Session() {
-      struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      } config;
-      _tile_loadconfig(&config);
-    }
+    Session() { _tile_loadconfig(&kTileConfig); }
     ~Session() { _tile_release(); }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
@@ -172,6 +174,7 @@ struct AmxTile {
   static void run(int64_t depth, const LeftPanel<bf16>& left, const bf16* b, int64_t panel_stride, float* tile,
                   bool accumulate, Pending& pending) {
     constexpr int kTileStride = kCols * sizeof(float);
+    asm volatile("" ::: "memory");  // the compiler is not told that tile loads read what was packed before
     if (accumulate) {
       _tile_loadd(0, tile, kTileStride);
       _tile_loadd(1, tile + 16, kTileStride);

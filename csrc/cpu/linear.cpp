@@ -21,22 +21,25 @@ void pack(const W* weight, int64_t F, int64_t C, void* packed) {
 }
 
 template <class T, class W>
-RightPanels<T> forward_panels(const W* weight, int64_t F, int64_t C, const void* packed) {
-  if (packed != nullptr) return {static_cast<const typename RightPanels<T>::Element*>(packed), F, C};
-  return pack_right_operand<T>(forward_operand(weight, F, C),
-                               scratch<typename RightPanels<T>::Element>(0, RightPanels<T>::size(F, C)));
+RightPanels<T> forward_panels(const LinearForward<T, W>& args) {
+  using Element = typename RightPanels<T>::Element;
+  const int64_t F = args.F, C = args.C;
+  if (args.packed != nullptr) return {static_cast<const Element*>(args.packed), F, C};
+  Element* memory = scratch<Element>(0, RightPanels<T>::size(F, C));
+  if (args.transposed) return pack_right_operand<T>(backward_operand(args.weight, C, F), memory);
+  return pack_right_operand<T>(forward_operand(args.weight, F, C), memory);
 }
 
 template <class T, class W>
 void linear_fwd(const LinearForward<T, W>& args) {
   const int64_t F = args.F;
   const Operand<T, /*kAlongK=*/true> x = {args.x, args.C, args.M, args.C};
-  const RightPanels<T> weight = forward_panels<T>(args.weight, F, args.C, args.packed);
+  const RightPanels<T> weight = forward_panels(args);
   with_activation(args.activation, [&](auto activation) {
-    gemm(x, weight, [=](int64_t m, int64_t f, auto v, auto lanes) {
+    gemm(x, weight, ResultRows<T>(args.y, args.M, F), [=](int64_t m, int64_t f, auto v, auto lanes) {
       if (args.bias != nullptr) v += load(args.bias + f, lanes);
       if (args.h != nullptr) store(args.h + m * F + f, v, lanes);
-      store(args.y + m * F + f, activation.value(v), lanes);
+      return activation.value(v);
     });
   });
 }
@@ -62,7 +65,8 @@ const T* through_activation(const T* dy, const T* saved, Activation kind, int64_
 template <class T, class W>
 void linear_bwd(const LinearBackward<T, W>& args) {
   const T* dh = through_activation(args.dy, args.saved, args.activation, args.M * args.F);
-  const typename LinearsBackward<T, W>::Layer layer = {dh, args.weight, args.packed, args.dweight, args.dbias, args.F};
+  const typename LinearsBackward<T, W>::Layer layer = {dh,         args.weight, args.packed,    args.dweight,
+                                                       args.dbias, args.F,      args.transposed};
   linears_bwd<T, W>({args.x, args.dx, &layer, 1, args.M, args.C});
 }
 

@@ -9,7 +9,7 @@
 
 namespace warploom::cpu {
 
-enum class Activation { kNone, kRelu, kRelu2, kGeluTanh, kSilu };
+enum class Activation { kNone, kRelu, kRelu2, kGelu, kGeluTanh, kSilu };
 
 template <class T, class W>
 struct LinearForward {
@@ -21,6 +21,7 @@ struct LinearForward {
   T* h;                // (M, F): receives the sums before the activation, or null
   Activation activation;
   int64_t M, C, F;
+  bool transposed;  // the weight is (C, F) in memory; the gradient of it too
 };
 
 template <class T, class W>
@@ -36,6 +37,7 @@ struct LinearBackward {
   W* dbias;    // (F,); not without dweight
   Activation activation;
   int64_t M, C, F;
+  bool transposed;
 };
 
 template <class T, class W>

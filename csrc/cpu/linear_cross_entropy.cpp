@@ -95,7 +95,7 @@ void linear_cross_entropy_fwd(const LinearCrossEntropyForward<T, W>& args) {
                                                         scratch<Element<T>>(6, RightPanels<T>::size(last - first, C)));
     auto* sums = scratch<ExponentialSum<V>>(7, N);
     for (int64_t m = 0; m < N; ++m) sums[m].clear();
-    gemm(hidden, panels, [=](int64_t m, int64_t n, auto v, auto lanes) {
+    gemm(hidden, panels, NoResult{}, [=](int64_t m, int64_t n, auto v, auto lanes) {
       const int64_t target = args.targets[m] - first - n;
       if (target >= 0 && target < kLanes<V> && n + target < last - first) {
         target_logits[m] = v[static_cast<int>(target)];
@@ -135,18 +135,19 @@ void linear_cross_entropy_bwd(const LinearCrossEntropyBackward<T, W>& args) {
     const int64_t count = smaller(at_once, args.V - first);
     const auto chunk = words(args.weight, first, first + count, C);
     Element<T>* panels = scratch<Element<T>>(0, larger(RightPanels<T>::size(count, C), RightPanels<T>::size(C, count)));
-    gemm(hidden, pack_right_operand<T>(chunk, panels), [=](int64_t m, int64_t n, auto v, auto lanes) {
-      if (args.targets[m] == args.ignore_index) return store(dlogits + m * count + n, V{}, lanes);
+    const ResultRows<T> rows_of_dlogits(dlogits, N, count);
+    gemm(hidden, pack_right_operand<T>(chunk, panels), rows_of_dlogits, [=](int64_t m, int64_t n, auto v, auto) {
+      if (args.targets[m] == args.ignore_index) return V{};
       V p = exp_of_lanes(v - broadcast(args.lse[m]));
       const int64_t target = args.targets[m] - first - n;
       if (target >= 0 && target < kLanes<V>) p[static_cast<int>(target)] -= 1;
-      store(dlogits + m * count + n, p * scale, lanes);
+      return p * scale;
     });
     if (args.dhidden != nullptr) {
       const Operand<T, /*kAlongK=*/true> by_row = {dlogits, count, N, count};
       const Operand<W, /*kAlongK=*/false> weight = {args.weight + first * C, C, C, count};
       const RightPanels<T> packed = pack_right_operand<T>(weight, panels);
-      gemm(by_row, packed, [=](int64_t m, int64_t c, auto v, auto lanes) {
+      gemm(by_row, packed, NoResult{}, [=](int64_t m, int64_t c, auto v, auto lanes) {
         S* sums = dhidden + m * C + c;
         if (first > 0) v += load(sums, lanes);
         if (first + count < args.V) {
@@ -160,8 +161,7 @@ void linear_cross_entropy_bwd(const LinearCrossEntropyBackward<T, W>& args) {
       const Operand<T, /*kAlongK=*/false> by_word = {dlogits, count, count, N}, rows = {args.hidden, C, C, N};
       // The same for every chunk, and cheaper to pack again than to keep: it is a small part of the product.
       const RightPanels<T> packed = pack_right_operand<T>(rows, scratch<Element<T>>(3, RightPanels<T>::size(C, N)));
-      gemm(by_word, packed,
-           [=](int64_t n, int64_t c, auto v, auto lanes) { store(args.dweight + (first + n) * C + c, v, lanes); });
+      gemm(by_word, packed, ResultRows<W>(args.dweight + first * C, count, C), AsTheyAre{});
     }
   }
 }

@@ -6,12 +6,45 @@
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
 
-template <class T, class W>
-static RightPanels<T> backward_panels(const W* weight, int64_t F, int64_t C, const void* packed,
-                                      typename RightPanels<T>::Element* memory) {
+template <class T, class Layer>
+static RightPanels<T> backward_panels(const Layer& layer, int64_t C, typename RightPanels<T>::Element* memory) {
   using Element = typename RightPanels<T>::Element;
-  if (packed != nullptr) return {static_cast<const Element*>(packed) + RightPanels<T>::size(F, C), C, F};
-  return pack_right_operand<T>(backward_operand(weight, F, C), memory);
+  const int64_t F = layer.F;
+  if (layer.packed != nullptr) return {static_cast<const Element*>(layer.packed) + RightPanels<T>::size(F, C), C, F};
+  if (layer.transposed) return pack_right_operand<T>(forward_operand(layer.weight, C, F), memory);
+  return pack_right_operand<T>(backward_operand(layer.weight, F, C), memory);
+}
+
+// sums[f] = the sum of column f over the rows of dy (M, F); in blocks of rows, so that a sum of many numbers does not
+// round each of them at its full size.
+template <class T, class W>
+static void sum_columns(const T* dy, int64_t M, int64_t F, W* sums) {
+  using V = typename VectorOf<T>::type;
+  constexpr int64_t kRows = 64, kVectors = 8, kColumns = kVectors * kLanes<V>;
+  parallel_for((F + kColumns - 1) / kColumns, [&](int64_t block) {
+    const int64_t first = block * kColumns, columns = smaller(kColumns, F - first);
+    V totals[kVectors] = {};
+    for (int64_t begin = 0; begin < M; begin += kRows) {
+      V partial[kVectors] = {};
+      for (int64_t m = begin; m < smaller(begin + kRows, M); ++m) {
+        each_vector<V>(columns, [&](int64_t i, auto n) { partial[i / kLanes<V>] += load(dy + m * F + first + i, n); });
+      }
+      for (int i = 0; i < kVectors; ++i) totals[i] += partial[i];
+    }
+    each_vector<V>(columns, [&](int64_t i, auto n) { store(sums + first + i, totals[i / kLanes<V>], n); });
+  });
+}
+
+// dweight (C, F) = x^T dy, and dbias.
+template <class T, class W>
+static void transposed_gradients(const LinearsBackward<T, W>& args,
+                                 const typename LinearsBackward<T, W>::Layer& layer) {
+  using Element = typename RightPanels<T>::Element;
+  const int64_t M = args.M, C = args.C, F = layer.F;
+  const Operand<T, /*kAlongK=*/false> x = {args.x, C, C, M}, dy = {layer.dy, F, F, M};
+  const RightPanels<T> panels = pack_right_operand<T>(dy, scratch<Element>(0, RightPanels<T>::size(F, M)));
+  gemm(x, panels, ResultRows<W>(layer.dweight, C, F), AsTheyAre{});
+  if (layer.dbias != nullptr) sum_columns(layer.dy, M, F, layer.dbias);
 }
 
 template <class T, class W>
@@ -30,25 +63,24 @@ static void linears_bwd(const LinearsBackward<T, W>& args) {
     RightPanels<T>* rights = scratch<RightPanels<T>>(3, args.count);
     each_layer([&](int i, const Layer& layer) {
       lefts[i] = {layer.dy, layer.F, M, layer.F};
-      rights[i] = backward_panels<T>(layer.weight, layer.F, C, layer.packed, panels);
+      rights[i] = backward_panels<T>(layer, C, panels);
       if (layer.packed == nullptr) panels += RightPanels<T>::size(C, layer.F);
     });
-    T* dx = args.dx;
-    gemm_sum(lefts, rights, args.count,
-             [=](int64_t m, int64_t c, auto v, auto lanes) { store(dx + m * C + c, v, lanes); });
+    gemm_sum(lefts, rights, args.count, ResultRows<T>(args.dx, M, C), AsTheyAre{});
   }
   bool wanted = false;
-  each_layer([&](int, const Layer& layer) { wanted |= layer.dweight != nullptr; });
+  each_layer([&](int, const Layer& layer) {
+    if (layer.dweight != nullptr && layer.transposed) return transposed_gradients(args, layer);
+    wanted |= layer.dweight != nullptr;
+  });
   if (!wanted) return;
   const Operand<T, /*kAlongK=*/false> x_by_column = {args.x, C, C, M};
   const RightPanels<T> x = pack_right_operand<T>(x_by_column, scratch<Element>(0, RightPanels<T>::size(C, M)));
   each_layer([&](int, const Layer& layer) {
-    if (layer.dweight == nullptr) return;
+    if (layer.dweight == nullptr || layer.transposed) return;
     auto* sums = scratch<typename Accumulator<T>::type>(2, layer.F);
     const Operand<T, /*kAlongK=*/false> dy_by_column = {layer.dy, layer.F, layer.F, M};
-    W* dweight = layer.dweight;
-    gemm(
-        dy_by_column, x, [=](int64_t f, int64_t c, auto v, auto lanes) { store(dweight + f * C + c, v, lanes); }, sums);
+    gemm(dy_by_column, x, ResultRows<W>(layer.dweight, layer.F, C), AsTheyAre{}, sums);
     if (layer.dbias == nullptr) return;
     each_vector<typename VectorOf<T>::type>(layer.F,
                                             [&](int64_t f, auto n) { store(layer.dbias + f, load(sums + f, n), n); });

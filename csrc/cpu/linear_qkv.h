@@ -16,6 +16,7 @@ struct LinearsBackward {
     W* dweight;          // (F, C), or null: not wanted; then nor is dbias
     W* dbias;            // (F,), or null
     int64_t F;
+    bool transposed = false;  // weight and dweight are (C, F) in memory
   };
   const T* x;  // (M, C)
   T* dx;       // (M, C), or null

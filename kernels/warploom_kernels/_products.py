@@ -15,8 +15,8 @@ from torch import Tensor
 
 from warploom_kernels._launch import INTERPRETER, Config, Grid, num_multiprocessors
 
-NONE, RELU, RELU2, GELU_TANH, SILU = (tl.constexpr(i) for i in range(5))
-ACTIVATIONS = {"none": NONE, "relu": RELU, "relu2": RELU2, "gelu_tanh": GELU_TANH, "silu": SILU}
+NONE, RELU, RELU2, GELU, GELU_TANH, SILU = (tl.constexpr(i) for i in range(6))
+ACTIVATIONS = {"none": NONE, "relu": RELU, "relu2": RELU2, "gelu": GELU, "gelu_tanh": GELU_TANH, "silu": SILU}
 MASK_ALIGNMENT = 16  # bytes: rows of a bit mask begin at its multiples, as cuBLASLt's auxiliary masks do
 
 
@@ -34,6 +34,8 @@ def activate(h, ACTIVATION: tl.constexpr):
         return tl.maximum(h, 0.0)
     elif ACTIVATION == RELU2:
         return tl.maximum(h, 0.0) * tl.maximum(h, 0.0)
+    elif ACTIVATION == GELU:
+        return 0.5 * h * (1.0 + tl.erf(0.7071067811865476 * h))
     elif ACTIVATION == GELU_TANH:  # (1 + tanh u) / 2 = sigmoid(2 u)
         return h * _sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
     elif ACTIVATION == SILU:
@@ -47,6 +49,9 @@ def derive(dy, saved, ACTIVATION: tl.constexpr):
     """dh, float32, from the sum before the activation. ReLU's is a matter of a bit mask."""
     if ACTIVATION == RELU2:
         return 2.0 * dy * tl.maximum(saved, 0.0)
+    elif ACTIVATION == GELU:
+        density = 0.3989422804014327 * tl.exp(-0.5 * saved * saved)
+        return dy * (0.5 + 0.5 * tl.erf(0.7071067811865476 * saved) + saved * density)
     elif ACTIVATION == GELU_TANH:
         s = _sigmoid(1.5957691216057308 * (saved + 0.044715 * saved * saved * saved))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * saved * saved)

@@ -197,4 +197,6 @@ def launch_linear_bwd(
             mask_axis=0,
             row_sums=dbias if need_dbias else None,
         )
+        if not weight.is_contiguous() and weight.mT.is_contiguous():  # as it lies in memory, so does its gradient
+            dweight = dweight.mT.contiguous().mT
     return dx, dweight, dbias

@@ -27,7 +27,7 @@ def stir(model):
 TOKENS = torch.arange(20).view(2, 10)
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "relu2", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu2", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_layer_is_its_formula(activation, bias):
     from warploom.ops.linear import ACTIVATIONS

@@ -120,7 +120,7 @@ def test_sequential(bias, autocast):
     )
     report = check(model, [draw(2, 5, 8)], {"linear": 3}, autocast)
     assert [(entry.path, entry.kind) for entry in report.swapped] == [
-        *(("0", "linear + relu"), ("3", "linear + gelu_tanh")),
+        *(("0", "linear + relu"), ("3", "linear + gelu_tanh"), ("5", "linear + gelu")),
         *(("0", "linear"), ("3", "linear"), ("5", "linear")),
     ]
 
@@ -211,13 +211,14 @@ def test_encoder_and_decoder_layers(options, autocast):
     check(nn.TransformerDecoderLayer(**LAYER, **options), [x, memory], ops, autocast)
 
 
-def test_an_encoder_with_gelu_says_so():
-    report = check(
-        nn.TransformerEncoderLayer(**LAYER, activation="gelu"),
-        [draw(7, 2, 16)],
-        {"linear": 4, "attention": 1, "layer_norm": 2},
-    )
-    assert [(entry.path, entry.reason) for entry in report.left] == [("linear1", "no kernel has gelu in it")]
+@pytest.mark.parametrize("activation", ["gelu", F.elu])
+def test_an_encoder_says_what_becomes_of_its_activation(activation):
+    ops = {"linear": 4, "attention": 1, "layer_norm": 2}
+    report = check(nn.TransformerEncoderLayer(**LAYER, activation=activation), [draw(7, 2, 16)], ops)
+    if activation == "gelu":
+        assert not report.left and ("", "linear + gelu") in [(entry.path, entry.kind) for entry in report.swapped]
+    else:
+        assert [(entry.path, entry.reason) for entry in report.left] == [("linear1", "no kernel has elu in it")]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -323,6 +323,4 @@ def _feed_forward(graph: _Graph, module: Any, x: str) -> str:
     if hasattr(module, "gate_proj"):
         gate = graph.activation(graph.linear(x, module.gate_proj), _GATES[type(module)])
         return graph.linear(graph.op("Mul", gate, graph.linear(x, module.up_proj)), module.down_proj)
-    hidden = graph.linear(x, module.up_proj)
-    hidden = graph.activation(hidden, "gelu") if isinstance(module.activation, nn.GELU) else hidden
-    return graph.linear(hidden, module.down_proj)
+    return graph.linear(graph.linear(x, module.up_proj), module.down_proj)

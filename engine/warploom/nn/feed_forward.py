@@ -6,22 +6,20 @@ import torch.nn as nn
 from torch import Tensor
 
 from warploom.nn.linear import Linear
-from warploom.ops.linear import ACTIVATIONS as FUSED_ACTIVATIONS
+from warploom.ops.linear import ACTIVATIONS
 from warploom.ops.linear_glu import linear_glu
 
 
 class FeedForward(nn.Module):
-    """y = down_proj(activation(up_proj(x))). x, y: (..., C). activation: a key of FUSED_ACTIVATIONS, or "gelu"."""
+    """y = down_proj(activation(up_proj(x))). x, y: (..., C). activation: a key of ops.linear.ACTIVATIONS."""
 
     def __init__(self, d_model: int, d_ff: int, activation: str = "relu", bias: bool = True) -> None:
         super().__init__()
-        fused = activation in FUSED_ACTIVATIONS
-        self.up_proj = Linear(d_model, d_ff, bias, activation=activation if fused else "none")
-        self.activation = nn.Identity() if fused else nn.GELU()
+        self.up_proj = Linear(d_model, d_ff, bias, activation=activation)
         self.down_proj = Linear(d_ff, d_model, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.up_proj(x))
 
 
 class _Gated(nn.Module):
@@ -39,7 +37,7 @@ class _Gated(nn.Module):
     def _widen(self, x: Tensor) -> Tensor:
         parts = (self.gate_proj, self.up_proj)
         if any(type(part) is not Linear for part in parts):  # something else was put in their place
-            return FUSED_ACTIVATIONS[self.gate](self.gate_proj(x)) * self.up_proj(x)
+            return ACTIVATIONS[self.gate](self.gate_proj(x)) * self.up_proj(x)
         (gate_weight, gate_bias), (up_weight, up_bias) = (part.parameters_for(x) for part in parts)
         packed = [part.packed for part in parts]
         return linear_glu(x, gate_weight, up_weight, gate_bias, up_bias, self.gate, packed)

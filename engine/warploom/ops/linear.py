@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda h: h,
     "relu": torch.relu,
     "relu2": lambda h: torch.relu(h).square(),
+    "gelu": F.gelu,
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "silu": F.silu,
 }
@@ -31,6 +32,7 @@ DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda dy, _: dy,
     "relu": lambda dy, saved: torch.where(_positive(saved, dy.shape[-1]), dy, 0.0),
     "relu2": lambda dy, h: 2 * dy * torch.relu(h),
+    "gelu": lambda dy, h: torch.ops.aten.gelu_backward(dy, h),
     "gelu_tanh": lambda dy, h: torch.ops.aten.gelu_backward(dy, h, approximate="tanh"),
     "silu": lambda dy, h: torch.ops.aten.silu_backward(dy, h),
 }
@@ -191,6 +193,15 @@ def rounded(weight: Tensor, panels: Tensor | None, dtype: torch.dtype) -> Tensor
     return panels if panels is not None and panels.dtype == dtype else weight.to(dtype)
 
 
+def _is_transposed(weight: Tensor) -> bool:
+    """Whether the weight lies in memory as (C, F), as GPT-2's (Conv1D) do. Its gradient then does too."""
+    return not weight.is_contiguous() and weight.mT.is_contiguous()
+
+
+def _empty_gradient(weight: Tensor) -> Tensor:
+    return weight.mT.new_empty(weight.mT.shape).mT if _is_transposed(weight) else weight.new_empty(weight.shape)
+
+
 def _mask_bytes(width: int) -> int:
     """Of a row of a bit mask: a multiple of 16, as cuBLASLt wants its auxiliary masks too."""
     return (width + 127) // 128 * 16
@@ -227,7 +238,9 @@ def _reference_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweig
     dx = dh @ rounded(weight, panels, dh.dtype) if need_dx else x.new_empty(0)
     dweight = weight.new_empty(0)
     if need_dweight:
-        dweight = (rows.mT @ torch.atleast_2d(x).flatten(0, -2)).to(weight.dtype)
+        x_rows = torch.atleast_2d(x).flatten(0, -2)
+        product = (x_rows.mT @ rows).mT if _is_transposed(weight) else rows.mT @ x_rows
+        dweight = product.to(weight.dtype)
     dbias = rows.sum(0, dtype=weight.dtype) if need_dbias else weight.new_empty(0)
     return dx, dweight, dbias
 
@@ -240,7 +253,8 @@ def _fake_fwd(x, weight, bias, panels, activation, need_saved):
 
 
 def _fake_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweight, need_dbias):
-    dx, dweight = x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+    dx = x.new_empty(x.shape if need_dx else 0)
+    dweight = _empty_gradient(weight) if need_dweight else weight.new_empty(0)
     return dx, dweight, weight.new_empty(weight.shape[:1] if need_dbias else 0)
 
 
@@ -291,14 +305,15 @@ def left_to_cublas(x: Tensor, activation: str) -> str | None:
     return "there is no activation to fuse" if activation == "none" else None
 
 
-def _case(*shape, C, bias=True, activation="none"):
+def _case(*shape, C, bias=True, activation="none", transposed=False):
     """shape: x's leading dimensions, then F."""
 
     def make(generator):
         def draw(*size):
             return torch.randn(size, generator=generator, dtype=torch.float64)
 
-        inputs = {"x": draw(*shape[:-1], C), "weight": draw(shape[-1], C) * C**-0.5}
+        weight = draw(C, shape[-1]).mT if transposed else draw(shape[-1], C)
+        inputs = {"x": draw(*shape[:-1], C), "weight": weight * C**-0.5}
         if bias:
             inputs["bias"] = draw(shape[-1])
         if activation != "none":
@@ -410,6 +425,7 @@ OP = Op(
             for N, C, width, name in (
                 (7, 63, 65, "relu"),
                 (33, 128, 257, "gelu_tanh"),
+                (65, 80, 97, "gelu"),
                 (64, 32, 31, "none"),
                 (130, 96, 384, "relu2"),
                 (129, 40, 80, "silu"),
@@ -419,9 +435,13 @@ OP = Op(
             )
         ),
         Case("batched", _case(2, 3, 64, C=48)),
+        Case("tiny_transposed", _case(3, 5, C=4, transposed=True), gradcheck=True),
+        Case("transposed", _case(131, 97, C=80, transposed=True, activation="gelu")),
+        Case("transposed_float32_weight", _case(70, 90, C=100, transposed=True), _HALF, wide=("weight", "bias")),
+        Case("large_result", _case(1030, 1024, C=16, activation="relu")),  # large enough to go past the caches
         *(
             Case(f"float32_weight_{name}", _case(70, 90, C=100, activation=name), _HALF, wide=("weight", "bias"))
-            for name in ("none", "relu", "gelu_tanh")
+            for name in ("none", "relu", "gelu", "gelu_tanh")
         ),
         Case("float32_weight_of_eights", _case(70, 88, C=104, activation="relu"), _HALF, wide=("weight", "bias")),
     ),
@@ -436,6 +456,7 @@ OP = Op(
     bench_cases=(
         _bench(4096, 384, 1536, "relu"),
         _bench(1024, 768, 3072, "relu"),
+        _bench(1024, 768, 3072, "gelu"),
         _bench(1024, 768, 3072, "gelu_tanh"),
         _bench(4096, 384, 384, "none"),
     ),
