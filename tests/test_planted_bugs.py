@@ -35,7 +35,7 @@ LONG = {
         "tests/parallel/test_checked.py",
     ),
     "what a person must mend is tried again": (
-        *("engine/warploom/launch/agent.py", "USER_ERROR = 2", "USER_ERROR = -2"),
+        *("engine/warploom/launch/agent.py", "FINAL = (2, ", "FINAL = ("),
         "tests/launch/test_launch.py::test_what_a_person_must_mend_is_said_once_and_not_tried_again",
     ),
 }

@@ -7,7 +7,7 @@ import pytest
 from warploom.errors import UserError
 from warploom.launch.watch import Watch, WatchConfig
 from warploom.parallel import heartbeat
-from warploom.parallel.heartbeat import HeartbeatFile, Reading, beating, report, report_collective
+from warploom.parallel.heartbeat import HeartbeatFile, Reading, beating, report, report_collective, report_signal
 
 PIDS = [100, 101]
 
@@ -17,7 +17,7 @@ class Simulated:
 
     def __init__(self, **config):
         self.watch, self.now, self.exit_codes = Watch(WatchConfig(**config), 2), 0.0, {}
-        self.readings = [Reading(1, 1, 4, 7, "step", "all_reduce float32 (2,)")] * 2
+        self.readings = [Reading(1, 1, 4, 7, 0, "step", "all_reduce float32 (2,)")] * 2
 
     def change(self, place, **values):
         self.readings[place] = Reading(**{**vars(self.readings[place]), **values})
@@ -72,6 +72,15 @@ def test_a_frozen_process_is_found_after_its_limit():
     after_s, found = run.go(5, beats=(0,), works=())
     assert after_s < 0.5 and (found.kind, found.ranks) == ("frozen", (1,))
     assert found.sentence.startswith("rank 1 (process 101) is frozen: no pulse for 3.")
+
+
+@pytest.mark.parametrize("phase", heartbeat.FIRST_PHASES)
+def test_who_imports_or_compiles_may_be_silent_for_longer(phase):
+    run = Simulated(frozen_s=3.0, frozen_first_s=30.0)
+    run.change(1, phase=phase)
+    run.go(1)
+    assert run.go(29, beats=(0,)) is None
+    assert run.go(2, beats=(0,))[1].ranks == (1,)
 
 
 def test_a_run_that_makes_no_progress_is_stuck_and_who_is_behind_is_named():
@@ -136,7 +145,7 @@ def test_a_machine_that_slept_raises_no_alarm():
 
 
 def test_limits_that_are_off_find_nothing():
-    assert Simulated(frozen_s=0, stuck_s=0).go(10_000, beats=(), works=(), every_s=1.0) is None
+    assert Simulated(frozen_s=0, frozen_first_s=0, stuck_s=0).go(10_000, beats=(), works=(), every_s=1.0) is None
     with pytest.raises(UserError, match="watch.frozen_s is -1"):
         WatchConfig(frozen_s=-1)
 
@@ -144,17 +153,19 @@ def test_limits_that_are_off_find_nothing():
 def test_what_a_process_reports_is_read():
     with HeartbeatFile.temporary(2) as file:
         file.clear()
-        assert file.read(1) == Reading(0, 0, None, 0, "start", "")
+        assert file.read(1) == Reading(0, 0, None, 0, 0, "start", "")
         with beating(file.path, 2, 1):
             report("set-up")
             report(part="model", step=3)
+            report_signal()
             report_collective("all_reduce float32 (2,)")
             report_collective("broadcast " + "x" * 1000)
             while file.read(1).pulse < 3:
                 time.sleep(0.01)
             reading = file.read(1)
         assert (reading.reports, reading.step, reading.collectives, reading.phase) == (4, 3, 2, "set-up: model")
-        assert reading.collective.startswith("broadcast xxx") and len(reading.collective) == 192
-        assert file.read(0) == Reading(0, 0, None, 0, "start", "")  # the neighbour's
+        assert reading.signals == 1
+        assert reading.collective.startswith("broadcast xxx") and len(reading.collective) == 184
+        assert file.read(0) == Reading(0, 0, None, 0, 0, "start", "")  # the neighbour's
         report("nobody listens")
         assert (file.read(1).phase, file.read(1).pulse) == ("end", 0)

@@ -20,12 +20,14 @@ from warploom.launch.watch import Finding, Watch, WatchConfig
 from warploom.parallel.heartbeat import HeartbeatFile
 
 POLL_EVERY_S = 0.1
+ASK_AFTER_S = 0.3
+"""A scheduler may signal all processes of a job, and each needs that only once."""
 STOP_WITHIN_S = 30.0
 """After a signal to stop, what still runs then is killed."""
-USER_ERROR = 2
-"""Exit code for what a person must mend: starting again would meet it again."""
-USER_ERROR_WITHIN_S = 5.0
-"""All processes come to such an error, and the one that says it may be the last."""
+FINAL = (2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes after which nothing is started again: what a person must mend, and a signal to the process itself."""
+FINAL_WITHIN_S = 5.0
+"""All processes come to such an end, and the one that says why may be the last."""
 _INCARNATION = "warploom/incarnation"
 
 Note = Callable[..., None]
@@ -58,14 +60,15 @@ class Agent(SimpleElasticAgent):
         self._is_stepping = False
         self._stop_signal: signal.Signals | None = None
         self._stop_at = 0.0
+        self._asked = False
 
     def stop(self, number: signal.Signals) -> None:
         """Ask the run to stop, as a signal asks one process; a second time ends it at once."""
         if self._stop_signal is not None:
             self._processes.signal(signal.SIGKILL)
             return
-        self._stop_signal, self._stop_at = number, time.monotonic() + STOP_WITHIN_S
-        self._processes.signal(number)
+        self._stop_signal, self._stop_at = number, time.monotonic()
+        self._asked = False
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         spec, store = worker_group.spec, worker_group.store
@@ -88,9 +91,8 @@ class Agent(SimpleElasticAgent):
         self._processes.start(orders)
         self._watch = Watch(self._watch_config, len(orders), worker_group.workers[0].global_rank)
         self._first_step, self._is_stepping = None, False
+        self._asked = False
         self._note("start", attempt=self._attempt, pids=self._processes.pids)
-        if self._stop_signal is not None:
-            self._processes.signal(self._stop_signal)
         return dict(enumerate(self._processes.pids))
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -111,15 +113,21 @@ class Agent(SimpleElasticAgent):
         return self._found(finding)
 
     def _stopping(self, codes: Mapping[int, int], worker_group: WorkerGroup) -> RunResult:
+        assert self._stop_signal is not None
         if len(codes) < self._heartbeats.num_slots:
-            if time.monotonic() > self._stop_at:
+            since_s = time.monotonic() - self._stop_at
+            if not self._asked and since_s > ASK_AFTER_S:
+                # One is enough, they tell each other.
+                self._asked = True
+                if not any(self._heartbeats.read(slot).signals for slot in range(self._heartbeats.num_slots)):
+                    self._processes.signal(self._stop_signal)
+            if since_s > STOP_WITHIN_S:
                 self._say(f"some processes still ran {STOP_WITHIN_S:.0f} s after the signal, and were killed")
                 self._processes.kill()
                 self.exit_code = 1
                 return _ended(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
         # Each says it was stopped, or was done before; anything else went wrong on the way.
-        assert self._stop_signal is not None
         stopped = 128 + self._stop_signal
         self.exit_code = next((code for code in codes.values() if code not in (0, stopped)), max(codes.values()))
         if self.exit_code < 0:
@@ -133,13 +141,12 @@ class Agent(SimpleElasticAgent):
             # The Python stack of every process, on its standard error; one that was stopped cannot, until it goes on.
             self._processes.signal(signal.SIGUSR1)
             time.sleep(0.5)
-        if finding.exit_code == USER_ERROR:
-            self._processes.wait(USER_ERROR_WITHIN_S)
+        is_final = finding.exit_code in FINAL
+        if is_final:
+            self._processes.wait(FINAL_WITHIN_S)
         # Killed, not asked: without one of them the others cannot save.
         self._processes.signal(signal.SIGKILL)
-        stopped_alone = finding.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-        if finding.exit_code == USER_ERROR or stopped_alone:
-            # The process has said why; and who was stopped by a signal of its own is not to be started again.
+        if is_final:
             self.exit_code = finding.exit_code or 0
             self._remaining_restarts = 0
         elif self._remaining_restarts == 0:

@@ -22,6 +22,8 @@ _LONGEST_POLL_S = 0.5
 class WatchConfig:
     frozen_s: float = 3.0
     """Seconds without a pulse after which a process counts as frozen; 0 never does."""
+    frozen_first_s: float = 30.0
+    """The same limit while it sets up and for the first step and evaluation: imports hold the interpreter."""
     stuck_s: float = 4.0
     """Seconds without progress in steps and evaluations after which the run counts as stuck, or stuck_factor times the
     longest pause so far if that is more; 0 never does."""
@@ -31,7 +33,7 @@ class WatchConfig:
     """The same limit for what has no usual length: start, set-up, the first step and evaluation, checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in ("frozen_s", "stuck_s", "stuck_factor", "patience_s"):
+        for name in ("frozen_s", "frozen_first_s", "stuck_s", "stuck_factor", "patience_s"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"watch.{name} is {getattr(self, name)}; give 0 or more")
 
@@ -102,8 +104,11 @@ class Watch:
         return Finding("dead", (self._rank(place),), sentence, code)
 
     def _frozen(self, running: Sequence[int], readings: Sequence[Reading], pids: Sequence[int]) -> Finding | None:
-        limit = self._config.frozen_s
-        frozen = [place for place in running if limit and self._silent_s[place] >= limit]
+        frozen = []
+        for place in running:
+            limit = self._config.frozen_first_s if readings[place].is_first else self._config.frozen_s
+            if limit and self._silent_s[place] >= limit:
+                frozen.append(place)
         if not frozen:
             return None
         sentence = "; ".join(

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PULSE_EVERY_S = 0.2
-PATIENT_PHASES = ("start", "set-up", "first step", "first evaluation", "checkpoint", "end")
-"""Phases that take as long as they take: imports, data, compilation, files."""
+FIRST_PHASES = ("start", "set-up", "first step", "first evaluation")
+"""Phases that import, compile and read data."""
+PATIENT_PHASES = (*FIRST_PHASES, "checkpoint", "end")
+"""Phases that take as long as they take."""
 
-# pulse, reports, step, collectives, then two texts. The counters are aligned, so each is read as it was written.
-_SLOT = struct.Struct("<QQqQ32s192s")
-_PULSE, _REPORTS, _STEP, _COLLECTIVES, _PHASE, _COLLECTIVE = 0, 8, 16, 24, 32, 64
+# pulse, reports, step, collectives, signals, then two texts. The counters are aligned: each is read as it was written.
+_SLOT = struct.Struct("<QQqQQ32s184s")
+_PULSE, _REPORTS, _STEP, _COLLECTIVES, _SIGNALS, _PHASE, _COLLECTIVE = 0, 8, 16, 24, 32, 40, 72
 _NO_STEP = -1
 
 
@@ -35,8 +37,13 @@ class Reading:
     reports: int  # goes up with every report and collective
     step: int | None  # steps done; None before the first report of them
     collectives: int
+    signals: int  # to stop that it has received
     phase: str  # with ": part" after it in the parts of a step
     collective: str  # the last that was begun: what, dtype, shape; empty before the first
+
+    @property
+    def is_first(self) -> bool:
+        return self.phase.partition(":")[0] in FIRST_PHASES
 
     @property
     def is_patient(self) -> bool:
@@ -69,13 +76,12 @@ class HeartbeatFile:
     def clear(self) -> None:
         """Make every slot that of a process that has not reported."""
         for slot in range(self.num_slots):
-            _SLOT.pack_into(self._memory, slot * _SLOT.size, 0, 0, _NO_STEP, 0, b"start", b"")
+            _SLOT.pack_into(self._memory, slot * _SLOT.size, 0, 0, _NO_STEP, 0, 0, b"start", b"")
 
     def read(self, slot: int) -> Reading:
-        pulse, reports, step, collectives, phase, collective = _SLOT.unpack_from(self._memory, slot * _SLOT.size)
-        return Reading(
-            pulse, reports, None if step == _NO_STEP else step, collectives, _as_text(phase), _as_text(collective)
-        )
+        pulse, reports, step, collectives, signals, *texts = _SLOT.unpack_from(self._memory, slot * _SLOT.size)
+        phase, collective = (raw.rstrip(b"\0").decode(errors="replace") for raw in texts)
+        return Reading(pulse, reports, None if step == _NO_STEP else step, collectives, signals, phase, collective)
 
     def write_count(self, slot: int, at: int, value: int) -> None:
         struct.pack_into("<q", self._memory, slot * _SLOT.size + at, value)
@@ -83,10 +89,6 @@ class HeartbeatFile:
     def write_text(self, slot: int, at: int, size: int, text: str) -> None:
         start = slot * _SLOT.size + at
         self._memory[start : start + size] = text.encode(errors="replace")[:size].ljust(size, b"\0")
-
-
-def _as_text(raw: bytes) -> str:
-    return raw.rstrip(b"\0").decode(errors="replace")
 
 
 class _Reporter:
@@ -106,10 +108,13 @@ class _Reporter:
         self._count()
 
     def collective(self, what: str) -> None:
-        self._file.write_text(self._slot, _COLLECTIVE, 192, what)
+        self._file.write_text(self._slot, _COLLECTIVE, 184, what)
         self._collectives += 1
         self._file.write_count(self._slot, _COLLECTIVES, self._collectives)
         self._count()
+
+    def signal(self) -> None:
+        self._file.write_count(self._slot, _SIGNALS, 1)
 
     def pulse(self, stop: threading.Event) -> None:
         launcher, pulse = os.getppid(), 0
@@ -164,3 +169,9 @@ def report_collective(what: str) -> None:
     """Say which collective this process begins."""
     if _reporter is not None:
         _reporter.collective(what)
+
+
+def report_signal() -> None:
+    """Say that this process was asked to stop, so that the launcher does not ask: a second time ends it at once."""
+    if _reporter is not None:
+        _reporter.signal()

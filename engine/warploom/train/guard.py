@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
+from warploom.parallel import heartbeat
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Time that a step has to end after a signal. Schedulers kill 10 to 30 s after SIGTERM, and a checkpoint follows.
 GRACE_S = 3.0
@@ -50,5 +52,6 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received, self._received_at = signal.Signals(number), time.monotonic()
+        heartbeat.report_signal()
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
