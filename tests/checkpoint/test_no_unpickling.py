@@ -56,9 +56,13 @@ def dangers(source):
     return found
 
 
+# What runs the programs that a model wrote, locked in: tests/evaluate/test_sandbox.py.
+RUNS_PROGRAMS = {"engine/warploom/evaluate/sandbox_child.py": ["exec"]}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source_is_free_of_them(path):
-    assert dangers(path.read_text(encoding="utf-8")) == []
+    assert dangers(path.read_text(encoding="utf-8")) == RUNS_PROGRAMS.get(path.relative_to(ROOT).as_posix(), [])
 
 
 def test_the_package_was_found():
