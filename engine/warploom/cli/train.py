@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from warploom.errors import UserError
+from warploom.evaluate.during_training import TasksDuringTraining
 from warploom.models.config import TransformerConfig
 from warploom.models.presets import preset
 from warploom.optim import OptimizerConfig, ScheduleConfig
@@ -40,6 +41,12 @@ class Command:
     config: Path | None = None
     """A TOML file with the settings below, as [model], [train], [optimizer], [schedule], [parallel], [text]; flags win
     over it."""
+    tasks: tuple[str, ...] = ()
+    """Benchmarks to score at each evaluation, such as arc_easy, separated by commas or spaces."""
+    task_data: tuple[str, ...] = ()
+    """tasks: folders of their files, or task=PATH, as `warploom eval` takes them."""
+    task_items: int = 100
+    """tasks: items of each, from the first; of MMLU, of each subject."""
     dry_run: bool = False
     """Print the configuration, parameters, FLOPs per token and memory, and stop."""
     model: TransformerConfig = field(default_factory=lambda: preset("small"))
@@ -64,6 +71,10 @@ class Command:
         if self.dry_run:
             dry_run(config)
             return 0
+        names = [name for words in self.tasks for name in words.split(",") if name]
+        if names and not self.task_data:
+            raise UserError("tasks need their files; name the folder that holds them with --task-data")
+        benchmark = TasksDuringTraining.read(names, self.task_data, self.task_items) if names else None
         console = Console(soft_wrap=True, quiet=not is_first_process())
         with joined(config) as (config, parallelize):
             if budget_s is not None and parallelize is not None:
@@ -76,6 +87,7 @@ class Command:
                 started=started,
                 console=console,
                 parallelize=parallelize,
+                benchmark=benchmark,
             )
         if done.result.stop_signal is not None:
             console.print(f"The checkpoint is {done.result.checkpoint}; the same command goes on from there.")

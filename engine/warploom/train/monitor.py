@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -84,6 +84,7 @@ class EvalRecord:
     heldout_loss: float  # nats per token
     bits_per_byte: float
     train_loss: float  # mean training loss since the evaluation before, nats per token
+    scores: dict[str, float] = field(default_factory=dict)  # of benchmarks, such as arc_easy/acc; none unless asked for
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -167,6 +168,9 @@ class Monitor:
     def evaluation(self, record: EvalRecord) -> None:
         self._eval = record
         self._record("eval", record, ("heldout_loss", "bits_per_byte"))
+        for name, score in record.scores.items():
+            assert self._events is not None
+            self._events.add_scalar(name, score, record.step)
         self._show(0.0)
 
     def message(self, text: str) -> None:
@@ -193,6 +197,8 @@ class Monitor:
     def _record(self, kind: str, record: StepRecord | SkipRecord | EvalRecord, scalars: tuple[str, ...]) -> None:
         assert self._metrics is not None and self._events is not None, "start() comes first"
         values = {"kind": kind, **dataclasses.asdict(record)}
+        if not values.get("scores", True):
+            del values["scores"]
         json.dump({key: _json_value(value) for key, value in values.items()}, self._metrics, allow_nan=False)
         self._metrics.write("\n")
         self._metrics.flush()  # a run that is killed keeps its curve

@@ -53,11 +53,12 @@ def read_metrics(path: Path) -> Metrics:
     return Metrics(_curves(records["step"]), _curves(records["eval"]))
 
 
-def _curves(records: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Point]]:
+def _curves(records: Mapping[int, dict[str, Any]]) -> dict[str, list[Point]]:
     curves: dict[str, list[Point]] = {}
     for step in sorted(records):
-        for name, value in records[step].items():
-            if value is not None:
+        fields = records[step]
+        for name, value in (fields | fields.get("scores", {})).items():
+            if value is not None and name != "scores":
                 curves.setdefault(name, []).append((float(step), float(value)))
     return curves
 
@@ -152,6 +153,9 @@ def _small_charts(metrics: Metrics) -> list[tuple[str, Markup]]:
             [series], label=f"{title} over the step", width=470, height=210, value=_short, from_zero=from_zero
         )
         charts.append((title, picture))
+    for name in sorted(name for name in metrics.evaluations if "/" in name):  # benchmarks
+        series = Series(name, metrics.evaluations[name], "heldout")
+        charts.append((name, line_chart([series], label=f"{name} over the step", width=470, height=210, value=_short)))
     return charts
 
 

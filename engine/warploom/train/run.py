@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,12 +120,14 @@ def train_on_text(
     started: float | None = None,
     console: Console | None = None,
     parallelize: Parallelize | None = None,
+    benchmark: Callable[[Transformer, Tokenizer], Mapping[str, float]] | None = None,
 ) -> TextRun:
     """Tokenize, train, sample and report; everything is written into config.train.out_dir.
 
     data: see open_text. With budget_s, seconds from `started` (a time.monotonic(), now if None), the model, the batch,
     the optimizer and the length of the run are chosen and what config says of them is not used.
-    parallelize: for a run of many processes, each of which calls; train.processes.joined makes it.
+    parallelize: for a run of many processes, each of which calls; train.processes.joined makes it. benchmark: scores of
+    a model by name, measured at each evaluation (evaluate.during_training has one).
     Raises UserError for what a person can mend.
     """
     started = time.monotonic() if started is None else started
@@ -164,6 +167,7 @@ def train_on_text(
         monitor=Monitor(out_dir, console=console) if is_first else None,
         deadline=deadline,
         parallelize=parallelize,
+        benchmark=None if benchmark is None else functools.partial(benchmark, tokenizer=dataset.tokenizer),
     ).fit()
     if result.stop_signal is not None or not is_first:
         return TextRun(result, config, (), None, time.monotonic() - started)

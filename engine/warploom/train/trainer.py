@@ -92,7 +92,8 @@ class Trainer:
     Without a monitor the run is silent. The run folder is config.train.out_dir; only one trainer at a time can work in
     it. With a deadline, a moment of time.monotonic(), the number of steps is corrected to the pace of the run, so that
     the last step, with the evaluations and checkpoints before it, is done by then. loss_sum takes the place of
-    model.loss (see training_step). extras, JSON values, go into the meta of every checkpoint.
+    model.loss (see training_step). extras, JSON values, go into the meta of every checkpoint. benchmark is given the
+    model, in evaluation mode, after each held-out loss; what it returns is recorded beside it.
 
     parallelize spreads the model over the processes of its mesh. All of them make a Trainer with the same weights, data
     and configuration and call the same methods; rank 0 alone writes.
@@ -110,6 +111,7 @@ class Trainer:
         parallelize: Parallelize | None = None,
         loss_sum: Callable[..., Tensor] | None = None,
         extras: Mapping[str, Any] | None = None,
+        benchmark: Callable[[Transformer], Mapping[str, float]] | None = None,
     ) -> None:
         if isinstance(data, TokenDataset):
             tokenizer = tokenizer or data.tokenizer
@@ -122,6 +124,9 @@ class Trainer:
         self.model, self.config = model, config
         self._loss_sum: Callable[..., Tensor] = loss_sum or functools.partial(model.loss, reduction="sum")
         self._extras = extras or {}
+        if benchmark is not None and parallelize is not None:
+            raise UserError("tasks are answered by one process that has the whole model; leave them out, or start one")
+        self._benchmark = benchmark
         self._data = TokenData(data, config.train) if isinstance(data, TokenDataset) else data
         self._tokenizer, self._monitor, self._deadline = tokenizer, monitor, deadline
         self._device = choose_device(config.train.device)
@@ -456,6 +461,7 @@ class Trainer:
             self._device,
             stop=lambda: self._signal(signals) is not None,
         )
+        scores = {} if result is None or self._benchmark is None else dict(self._benchmark(self.model))
         self._module.train()
         if result is None:
             return
@@ -465,6 +471,7 @@ class Trainer:
             heldout_loss=result.loss,
             bits_per_byte=result.bits_per_byte,
             train_loss=progress.train_loss_sum / max(1, progress.train_loss_steps),
+            scores=scores,
         )
         progress.train_loss_sum, progress.train_loss_steps = 0.0, 0
         progress.evaluated_step = progress.step
