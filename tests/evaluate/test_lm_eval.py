@@ -210,9 +210,9 @@ def test_multiple_choice_agrees(native, harness, task, theirs):
     compared = list(pairs(native, harness, task, theirs, item))
     assert len(compared) == NUM_ITEMS
     for record, sample, _ in compared:
-        asked = [sample["arguments"][f"gen_args_{n}"] for n in range(len(record["choices"]))]
-        assert [one["arg_0"] for one in asked] == [record["prompt"]] * len(asked)
-        assert [one["arg_1"] for one in asked] == [f" {choice}" for choice in record["choices"]]
+        asked = sample["arguments"]
+        assert [context for context, _ in asked] == [record["prompt"]] * len(record["choices"])
+        assert [continuation for _, continuation in asked] == [f" {choice}" for choice in record["choices"]]
         theirs_log_probs = [float(response[0][0]) for response in sample["resps"]]
         assert record["log_probs"] == pytest.approx(theirs_log_probs, abs=1e-3)
         for name in ("acc", "acc_norm", "acc_bytes"):
@@ -224,7 +224,7 @@ def test_truthfulqa_agrees(native, harness):
         compared = list(pairs(native, harness, "truthfulqa", theirs, lambda number, _: str(number)))
         assert len(compared) == NUM_ITEMS
         for record, sample, _ in compared:
-            assert sample["arguments"]["gen_args_0"]["arg_0"] == record["prompt"]
+            assert sample["arguments"][0][0] == record["prompt"]
             log_probs = [record["log_probs"][place] for place, _ in record[ours]]
             assert log_probs == pytest.approx([float(response[0][0]) for response in sample["resps"]], abs=1e-3)
             assert record["scores"][ours] == pytest.approx(sample["acc"], abs=1e-4)
@@ -235,7 +235,7 @@ def test_gsm8k_agrees(native, harness):
     compared = list(pairs(native, harness, "gsm8k", "gsm8k", lambda number, _: str(number)))
     assert len(compared) == 2 * NUM_ITEMS
     for record, sample, filter_name in compared:
-        assert sample["arguments"]["gen_args_0"]["arg_0"] == record["prompt"]
+        assert sample["arguments"][0][0] == record["prompt"]
         assert sample["resps"][0][0] == record["answer"]
         answer = record["found"][names[filter_name]]
         assert sample["filtered_resps"][0] == ("[invalid]" if answer is None else answer)
@@ -246,7 +246,7 @@ def test_truthfulqa_generation_agrees(native, harness):
     compared = list(pairs(native, harness, "truthfulqa_gen", "truthfulqa_gen", lambda number, _: str(number)))
     assert len(compared) == NUM_ITEMS
     for record, sample, _ in compared:
-        assert sample["arguments"]["gen_args_0"]["arg_0"] == record["prompt"]
+        assert sample["arguments"][0][0] == record["prompt"]
         assert sample["resps"][0][0] == record["answer"]
         assert len(record["scores"]) == 12
         for name, score in record["scores"].items():
