@@ -119,6 +119,7 @@ print("equal" if torch.equal(*masks) and masks[0].any() else masks)
 
 
 def test_adamw_writes_the_copies_of_the_new_weights():
+    """Cut or rounded to bfloat16: the interpreter of Triton 3.7.1 cuts where GPUs round."""
     said = run_code("""
 import torch
 from warploom.ops import adamw, backend
@@ -129,7 +130,9 @@ before = [p.clone() for p in params]
 with backend(adamw="triton"):
     adamw(params, *lists, [], [torch.ones(()) for _ in params], packed=copies,
           lr=0.1, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8)
-print([torch.equal(c, p.bfloat16()) and not torch.equal(p, b)
+def cut(p):
+    return (p.view(torch.int32) & -65536).view(torch.float32).bfloat16()
+print([(torch.equal(c, p.bfloat16()) or torch.equal(c, cut(p))) and not torch.equal(p, b)
        for c, p, b in zip(copies, params, before) if c.numel()])
 """)
     assert said == "[True, True]\n"
