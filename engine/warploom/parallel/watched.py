@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ _COLLECTIVES: dict[str, tuple[str, int | None]] = {
     "scatter": ("scatter", 0),
 }
 _POINT_TO_POINT = {"send": "send", "recv": "recv"}
-_POLL_S = 0.2
+_LOOK_EVERY_S = 0.2
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -160,24 +159,28 @@ class CollectiveChecks:
         number = self._counts[f"{name}/{side}"]
         self._counts[f"{name}/{side}"] += 1
         self._store.set(f"{name}/{number}/{side}", json.dumps(asdict(call)))
-        # Not waited for: both may begin with what the other ends with. Whoever comes second compares.
-        if self._store.check([f"{name}/{number}/{other}"]):
+        # Not waited for: both may begin with what the other ends with. Whoever comes second compares; the count, which
+        # the store makes, says who that is.
+        if self._store.add(f"{name}/{number}", 1) == 2:
             theirs = _read(self._store, f"{name}/{number}/{other}")
-            for one in (side, other):
-                self._store.delete_key(f"{name}/{number}/{one}")
+            for key in (f"{name}/{number}", f"{name}/{number}/{side}", f"{name}/{number}/{other}"):
+                self._store.delete_key(key)
             if call.what.removeprefix(side) != theirs.what.removeprefix(other):
                 raise self._mismatch(call, ranks[peer], str(theirs))
 
     def _wait_for(self, name: str, number: int, rank: int, ranks: Sequence[int], call: Call) -> Call:
-        key, until = f"{name}/{number}/{rank}", time.monotonic() + self._timeout_s
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=_POLL_S))
-                return _read(self._store, key)
-            except dist.DistStoreError:
+        key, started = f"{name}/{number}/{rank}", time.monotonic()
+        look_at = started + _LOOK_EVERY_S
+        # Asked for again and again: torch warns of every wait that runs out of time.
+        while not self._store.check([key]):
+            now = time.monotonic()
+            if now > look_at:
+                look_at = now + _LOOK_EVERY_S
                 self._look_for_a_circle(name, number, rank, call)
-                if time.monotonic() > until:
-                    raise self._mismatch(call, rank, f"nothing for {self._timeout_s:.0f} s") from None
+                if now > started + self._timeout_s:
+                    raise self._mismatch(call, rank, f"nothing for {self._timeout_s:.0f} s")
+            time.sleep(min(0.01, 0.1 * (now - started)))
+        return _read(self._store, key)
 
     def _look_for_a_circle(self, name: str, number: int, rank: int, call: Call) -> None:
         """Raise if rank waits for this process in another collective, to which this one has not come."""
