@@ -39,7 +39,7 @@ class TasksDuringTraining:
 
     @torch.no_grad()
     def __call__(self, model: Transformer, tokenizer: Tokenizer) -> dict[str, float]:
-        scores = {}
+        scores: dict[str, float] = {}
         with _as_it_was(model):
             asked = TextModel(model.eval(), tokenizer)
             for task, items in self.tasks:

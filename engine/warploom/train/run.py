@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -167,7 +166,7 @@ def train_on_text(
         monitor=Monitor(out_dir, console=console) if is_first else None,
         deadline=deadline,
         parallelize=parallelize,
-        benchmark=None if benchmark is None else functools.partial(benchmark, tokenizer=dataset.tokenizer),
+        benchmark=None if benchmark is None else _with_tokenizer(benchmark, dataset.tokenizer),
     ).fit()
     if result.stop_signal is not None or not is_first:
         return TextRun(result, config, (), None, time.monotonic() - started)
@@ -285,3 +284,9 @@ def _with_vocabulary(config: RunConfig, dataset: TokenDataset, console: Console)
         return config
     console.print(f"The model's vocabulary is the tokenizer's: {found:,} words.", highlight=False)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=found))
+
+
+def _with_tokenizer(
+    benchmark: Callable[[Transformer, Tokenizer], Mapping[str, float]], tokenizer: Tokenizer
+) -> Callable[[Transformer], Mapping[str, float]]:
+    return lambda model: benchmark(model, tokenizer)
