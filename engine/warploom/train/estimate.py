@@ -165,13 +165,13 @@ def _inner_bytes(name: str, args: tuple, device: str) -> int:
     else:
         return 0
     half = hidden.dtype != torch.float32
-    if half and device == "cpu":
+    if device == "cpu" and (half or not gradients_are_made):
         return 0  # a kernel of ours, which keeps some words of some rows in its scratch
     V, C = weight.shape
     rows = hidden.numel() // C
     chunk = min(rows, max(CHUNK_ELEMENTS // V, CHUNK_ROWS)) * V
-    # A chunk of logits, the temporary of logsumexp, and hidden without its ignored rows.
-    inner = 2 * chunk * 4 + hidden.nbytes
+    # A chunk of logits, the temporary of logsumexp (a CPU kernel needs none), and hidden without its ignored rows.
+    inner = (1 if device == "cpu" else 2) * chunk * 4 + hidden.nbytes
     if half:
         # The products themselves, the rounded weight, and the part of its gradient that one chunk makes.
         inner += (chunk + (2 if gradients_are_made else 1) * V * C) * hidden.dtype.itemsize
