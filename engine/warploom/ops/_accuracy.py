@@ -78,11 +78,16 @@ class Trial:
         lists = [value for value in self.inputs.values() if isinstance(value, list)]
         elements = sum(value.numel() for value in itertools.chain(floating.values(), *lists))
         self.draws = draws or (8 if elements < 5000 else 2)
+        self._output_gradients: dict[tuple[torch.Size, ...], list[Tensor]] = {}
 
     def output_gradients(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
         """Float64 gradients for these outputs, the same whenever their shapes are; the dtype under test holds them."""
-        generator = torch.Generator().manual_seed(1)
-        return [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(self.dtype).double() for y in outputs]
+        shapes = tuple(y.shape for y in outputs)
+        if shapes not in self._output_gradients:
+            generator = torch.Generator().manual_seed(1)
+            drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+            self._output_gradients[shapes] = [dy.to(self.dtype).double() for dy in drawn]
+        return self._output_gradients[shapes]
 
     def _held(self, name: str, value: Any) -> Any:
         if isinstance(value, list):
@@ -134,7 +139,10 @@ class Trial:
             gradients = torch.autograd.grad(
                 outputs,
                 [arguments[name] for name in self.differentiable],
-                [layout(disturb(dy).to(y)) for dy, y in zip(self.output_gradients(outputs), outputs, strict=True)],
+                [
+                    layout(disturb(dy).to(y, copy=True))  # a copy, for an op may write into what it is given
+                    for dy, y in zip(self.output_gradients(outputs), outputs, strict=True)
+                ],
             )
             results |= {f"d{name}": dx for name, dx in zip(self.differentiable, gradients, strict=True)}
         return results
@@ -144,16 +152,22 @@ class Trial:
         return self.evaluate(self.op.reference, torch.float64)
 
     @cached_property
+    def peer(self) -> Results:
+        return self.evaluate(self.op.torch_peer)
+
+    @cached_property
     def allowed(self) -> dict[str, tuple[float, float]]:
         """Largest and root mean square error allowed, per result."""
         u = torch.finfo(self.dtype).eps / 2
         r = 1 if torch.finfo(self.dtype).bits == 16 else 12
-        peer = _errors(self.evaluate(self.op.torch_peer), self.truth)
+        peer = _errors(self.peer, self.truth)
         generator = torch.Generator().manual_seed(2)
 
         def rounded(value: Tensor) -> Tensor:
-            signs = torch.randint(2, value.shape, generator=generator) * 2 - 1
-            return value * (1 + r * u * signs) if value.is_floating_point() else value
+            if not value.is_floating_point():
+                return value
+            draw = torch.randint(2, value.shape, generator=generator, dtype=torch.float64)
+            return value * draw.mul_(2 * r * u).add_(1 - r * u)
 
         with torch.autograd.graph.saved_tensors_hooks(rounded, lambda saved: saved):
             disturbed = [self.evaluate(self.op.reference, torch.float64, disturb=rounded) for _ in range(self.draws)]

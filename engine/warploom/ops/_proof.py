@@ -57,19 +57,18 @@ def check_accuracy(op: Op, name: str, trial: Trial, layout: Layout = as_given) -
     ran = op.calls - before
     require(bool(ran), "no operator ran")
     require({key.partition("/")[2] for key in ran} == {name}, f"{name} was asked for, {dict(ran)} ran")
-    peer = trial.evaluate(op.torch_peer)
     for key, value in results.items():
-        shape, expected = tuple(value.shape), tuple(peer[key].shape)
+        shape, expected = tuple(value.shape), tuple(trial.peer[key].shape)
         require(shape == expected, f"{key} has shape {shape}, not {expected}")
-        require(value.dtype == peer[key].dtype, f"{key} is {value.dtype}, not {peer[key].dtype}")
+        require(value.dtype == trial.peer[key].dtype, f"{key} is {value.dtype}, not {trial.peer[key].dtype}")
     deviations = trial.deviations({key: value.cpu() for key, value in results.items()})
     wrong = [str(deviation) for deviation in deviations if not deviation.acceptable]
     require(not wrong, "; ".join(wrong))
     return max((deviation.share for deviation in deviations), default=0.0)
 
 
-def check_deterministic(op: Op, name: str, trial: Trial, layout: Layout = as_given) -> None:
-    """The same bits at every repeat, and for one thread and two."""
+def check_deterministic(op: Op, name: str, trial: Trial, layout: Layout = as_given) -> Results:
+    """The same bits at every repeat, and for one thread and two. Returns the results."""
     with backend(**{op.name: name}):
         expected = trial.evaluate(op.function, layout=layout)
         for _ in range(3):
@@ -78,15 +77,18 @@ def check_deterministic(op: Op, name: str, trial: Trial, layout: Layout = as_giv
         if name != "reference":
             with threads(1 if torch.get_num_threads() > 1 else 2):
                 require_same_bits(trial.evaluate(op.function, layout=layout), expected, "1 and 2 threads differ")
+    return expected
 
 
-def check_writes_everything(op: Op, name: str, trial: Trial, layout: Layout = as_given) -> None:
-    """What is returned does not depend on what new memory held."""
+def check_writes_everything(
+    op: Op, name: str, trial: Trial, layout: Layout = as_given, expected: Results | None = None
+) -> None:
+    """What is returned does not depend on what new memory held. expected: what the op returned before, if known."""
     with backend(**{op.name: name}):
-        expected = trial.evaluate(op.function, layout=layout)
+        expected = expected or trial.evaluate(op.function, layout=layout)
         with PoisonedMemory():
             poisoned = trial.evaluate(op.function, layout=layout)
-        require_same_bits(poisoned, expected, "memory that was never written was read or returned")
+    require_same_bits(poisoned, expected, "memory that was never written was read or returned")
 
 
 def require_same_bits(results: Results, expected: Results, message: str) -> None:
@@ -134,8 +136,8 @@ def prove(op: Op, name: str, level: str, layout: Layout = as_given) -> Proof:
         try:
             with threads(1):
                 worst = max(worst, check_accuracy(op, name, trial, layout))
-                check_deterministic(op, name, trial, layout)
-                check_writes_everything(op, name, trial, layout)
+                expected = check_deterministic(op, name, trial, layout)
+                check_writes_everything(op, name, trial, layout, expected)
         except BackendUnavailable:
             refused += 1
         except Refuted as failure:
