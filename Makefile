@@ -63,7 +63,7 @@ asan: $(VENV)/.installed
 	WARPLOOM_CUDA_ARCHS=none CXXFLAGS="$(SANITIZE) -fno-sanitize=vptr -O1 -g -fno-omit-frame-pointer -Wno-uninitialized" LDFLAGS="$(SANITIZE)" \
 	    $(BIN)/python setup.py -q build --build-lib build/asan
 	for level in portable avx2; do \
-	    WARPLOOM_CPU_LEVEL=$$level PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	    WARPLOOM_CPU_LEVEL=$$level OMP_WAIT_POLICY=passive PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(BIN)/python tests/csrc/check_level.py layer_norm rms_norm linear linear_qkv linear_cross_entropy cross_entropy attention adamw grad_norm || exit 1; \
 	done

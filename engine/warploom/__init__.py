@@ -1,5 +1,6 @@
 """warploom trains transformer language models from scratch on hand-written kernels. This is the public surface."""
 
+from warploom import _openmp as _openmp  # first: it acts when it is imported
 from warploom.errors import UserError
 from warploom.evaluate.perplexity import evaluate
 from warploom.generate.beam import beam_search
