@@ -1,13 +1,15 @@
 """Curation beside datatrove on the same text, in MB of text per second of one core, and memory at two corpus sizes.
 
-The peer is run if it is installed (pip install datatrove[processing]==0.10.1 spacy, best in an environment of its own
-that also has warploom); without it its rows say so. CPU seconds are counted, so that a busy machine changes little.
+The peer has an interpreter of its own, since it cannot be installed beside this engine's pinned packages:
+
+    python -m venv peer && peer/bin/pip install 'datatrove[processing]==0.10.1' spacy
+
+Without one its column is empty. CPU seconds are counted, so that a busy machine changes little.
 """
 
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -79,53 +81,22 @@ FILTER_CHAIN = (
 )
 
 
-def peer_filter_chain(texts: list[str]) -> Callable[[], None]:
-    from datatrove.data import Document as PeerDocument
-    from datatrove.pipeline.filters import (
-        C4QualityFilter,
-        FineWebQualityFilter,
-        GopherQualityFilter,
-        GopherRepetitionFilter,
-    )
-
-    filters = [
-        GopherRepetitionFilter(),
-        GopherQualityFilter(),
-        C4QualityFilter(filter_no_terminal_punct=False),
-        FineWebQualityFilter(),
-    ]
-
-    def call() -> None:
-        # Each filter sees every document, as ours do: what one drops must not spare the next its work.
-        for i, text in enumerate(texts):
-            document = PeerDocument(text=text, id=str(i))
-            for one in filters:
-                one.filter(document)
-
-    return call
-
-
-def peer_minhash(texts: list[str], folder: Path) -> Callable[[], None]:
-    from datatrove.data import Document as PeerDocument
-    from datatrove.pipeline.dedup import MinhashDedupSignature
-    from datatrove.pipeline.dedup.minhash import HashConfig, MinhashConfig
-
-    # Its default hash passes str to xxhash, which xxhash 4 refuses.
-    config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))
-
-    def call() -> None:
-        signatures = MinhashDedupSignature(output_folder=str(folder / "signatures"), config=config)
-        signatures.run((PeerDocument(text=text, id=str(i)) for i, text in enumerate(texts)), 0, 1)
-
-    return call
-
-
-def peer_redaction(texts: list[str]) -> Callable[[], None]:
-    from datatrove.data import Document as PeerDocument
-    from datatrove.pipeline.formatters import PIIFormatter
-
-    formatter = PIIFormatter()
-    return lambda: [formatter.format(PeerDocument(text=text, id="").text) for text in texts]  # type: ignore[return-value]
+def peer_seconds(interpreter: Path | None, texts: list[str]) -> dict[str, float]:
+    """CPU seconds of datatrove by stage (bench/curate_peer.py); none without an interpreter that has it."""
+    if interpreter is None:
+        return {}
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        json.dump(texts, file)
+        file.flush()
+        script = Path(__file__).with_name("curate_peer.py")
+        command = [str(interpreter), "-I", str(script), file.name, str(ROUNDS)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{PEER} failed under {interpreter}:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{PEER} {found['version']}")
+    seconds: dict[str, float] = found["seconds"]
+    return seconds
 
 
 def write_archive(path: Path, megabytes: float) -> float:
@@ -154,29 +125,26 @@ def pipeline(source: Path, steps: str, rest: str = "") -> str:
     return f'[[source]]\nname = "bench"\npaths = ["{source}"]\n{steps}\n{rest}'
 
 
-def bench_curation(megabytes: float) -> list[dict[str, Any]]:
+def bench_curation(megabytes: float, peer_interpreter: Path | None = None) -> list[dict[str, Any]]:
     texts = documents(megabytes)
     size = sum(len(text.encode()) for text in texts) / 1e6
-    has_peer = importlib.util.find_spec(PEER) is not None
+    peer = peer_seconds(peer_interpreter, texts)
     records: list[dict[str, Any]] = []
 
-    def add(name: str, target: float | None, ours: float, peer: Callable[[], Callable[[], None]] | None) -> None:
-        peer_rate = size / cpu_s(peer()) if peer is not None and has_peer else None
-        record = {"bench": "data", "config": name, "subject": "warploom", "mb_per_core_s": ours, "target": target}
-        records.append({**record, PEER: peer_rate})
+    def add(name: str, target: float, rate: float) -> None:
+        record = {"bench": "data", "config": name, "subject": "warploom", "mb_per_core_s": rate, "target": target}
+        records.append({**record, PEER: size / peer[name] if name in peer else None})
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        chain = size / cpu_s(run_through(FILTER_CHAIN, texts))
-        add("filter chain", 8, chain, lambda: peer_filter_chain(texts))
-        add("minhash signatures", 8, size / cpu_s(run_through([{"use": "near_dedup"}], texts)),
-            lambda: peer_minhash(texts, folder))  # fmt: skip
-        add("redaction scan", 50, size / cpu_s(run_through([{"use": "redact"}], texts)), lambda: peer_redaction(texts))
+        add("filter chain", 8, size / cpu_s(run_through(FILTER_CHAIN, texts)))
+        add("minhash signatures", 8, size / cpu_s(run_through([{"use": "near_dedup"}], texts)))
+        add("redaction scan", 50, size / cpu_s(run_through([{"use": "redact"}], texts)))
         if _SHARED.is_dir():
-            add("WARC to text (MB of HTML)", 15, _bench_archive(folder, megabytes), None)
+            add("WARC to text (MB of HTML)", 15, _bench_archive(folder, megabytes))
         rate, ratio = _bench_shards(folder, texts, size)
-        add("WET to packed shards", 1.5, rate, None)
-        add("tokenization / tokenizers alone", 0.9, ratio, None)
+        add("WET to packed shards", 1.5, rate)
+        add("tokenization / tokenizers alone", 0.9, ratio)
     return records
 
 
@@ -293,9 +261,8 @@ def _distinct(texts: list[str], factor: int) -> Iterator[str]:
 
 
 def print_curation(records: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
-    has_peer = importlib.util.find_spec(PEER) is not None
-    if not has_peer:
-        print(f"{PEER} is not installed: its column is empty; pip install {PEER}==0.10.1 spacy")
+    if not any(record[PEER] for record in records):
+        print(f"no interpreter with {PEER} was named (--datatrove-python): its column is empty")
     print_table(
         f"curation, MB per core-second (median of {ROUNDS}; the last row is a ratio)",
         ("stage", "warploom", "at least", PEER, "times"),

@@ -1,5 +1,5 @@
 """python -m bench.data: what the data costs. The loader per batch, as a share of a training step; tokenizing per MB;
-curation per MB, beside datatrove where that is installed.
+curation per MB, beside datatrove where there is an interpreter with it.
 
 The text of the first two is the Python standard library, so the figures can be had anywhere.
 """
@@ -128,6 +128,8 @@ class Arguments:
     """Text that curation is timed on."""
     memory_megabytes: float = 8.0
     """Text that the memory of a whole run of curation is measured on, and then on four times as much."""
+    datatrove_python: Path | None = None
+    """An interpreter that has datatrove, to run beside curation (bench/curate.py says how to make one)."""
     budget_s: float = 10.0
     """Seconds of timing per table row group."""
     json: Path | None = None
@@ -140,7 +142,8 @@ def main(arguments: Arguments) -> None:
     if "loader" in arguments.parts or "tokenizer" in arguments.parts:
         records += loader_and_tokenizer(arguments)
     if "curation" in arguments.parts:
-        curation, memory = bench_curation(arguments.megabytes), bench_memory(arguments.memory_megabytes)
+        curation = bench_curation(arguments.megabytes, arguments.datatrove_python)
+        memory = bench_memory(arguments.memory_megabytes)
         print_curation(curation, memory)
         records += [*curation, *memory]
     if "accuracy" in arguments.parts:

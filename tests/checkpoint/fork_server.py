@@ -22,7 +22,7 @@ from tests.checkpoint.states import digest, make_state
 from warploom.checkpoint import format as fmt
 from warploom.checkpoint import save
 from warploom.checkpoint.load import latest_checkpoint, load_checkpoint, verify_checkpoint
-from warploom.checkpoint.lock import RunLock
+from warploom.checkpoint.lock import FolderLock
 from warploom.checkpoint.retention import apply_retention
 from warploom.errors import UserError
 
@@ -301,7 +301,7 @@ def save_as_unprivileged_user():
         if os.geteuid() == 0:
             os.setuid(65534)
         messages = []
-        for attempt in (lambda: save.save_checkpoint(run_dir, make_state(NEW, width=4)), RunLock(run_dir).__enter__):
+        for attempt in (lambda: save.save_checkpoint(run_dir, make_state(NEW, width=4)), FolderLock(run_dir).__enter__):
             try:
                 attempt()
                 messages.append("done")
@@ -327,7 +327,7 @@ def hold_lock(with_surviving_child):
     pid = os.fork()
     if pid == 0:
         os.close(blocker_end)
-        with RunLock(run_dir):
+        with FolderLock(run_dir):
             grandchild = 0
             if with_surviving_child:
                 grandchild = os.fork()
@@ -355,7 +355,7 @@ def hold_lock(with_surviving_child):
 
 def attempt_lock(run_dir):
     try:
-        with RunLock(run_dir):
+        with FolderLock(run_dir):
             return "locked"
     except UserError as error:
         return str(error)

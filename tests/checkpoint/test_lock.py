@@ -4,20 +4,20 @@ import os
 
 import pytest
 
-from warploom.checkpoint.lock import RunLock
+from warploom.checkpoint.lock import FolderLock
 from warploom.errors import UserError
 
 
 def test_second_lock_is_refused_and_names_the_holder(tmp_path):
     run_dir = tmp_path / "new" / "run"
-    with RunLock(run_dir):
+    with FolderLock(run_dir):
         for _ in range(2):
             with pytest.raises(UserError, match=f"{run_dir} is in use by process {os.getpid()}; stop it"):
-                with RunLock(run_dir):
+                with FolderLock(run_dir):
                     pass
-        with RunLock(tmp_path / "other"):
+        with FolderLock(tmp_path / "other"):
             pass
-    with RunLock(run_dir):
+    with FolderLock(run_dir):
         pass
 
 
@@ -32,5 +32,5 @@ def test_lock_of_a_killed_process_is_taken_over(in_forks, with_surviving_child):
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        with RunLock(tmp_path / "file" / "run"):
+        with FolderLock(tmp_path / "file" / "run"):
             pass

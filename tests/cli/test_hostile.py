@@ -25,7 +25,7 @@ import zstandard
 
 from warploom.checkpoint import format as fmt
 from warploom.checkpoint import save
-from warploom.checkpoint.lock import RunLock
+from warploom.checkpoint.lock import FolderLock
 from warploom.cli.main import main
 from warploom.data import documents
 from warploom.data.shards import TokenDataset
@@ -492,7 +492,7 @@ def test_what_a_dead_run_left_is_swept(scene):
 def test_two_trainers_in_one_folder(scene, capsys):
     """Row 12."""
     before = scene.digests()
-    with RunLock(scene.run):
+    with FolderLock(scene.run):
         assert f"in use by process {os.getpid()}; stop it or choose another folder" in refusal(scene.train(), capsys)
     assert scene.digests() == before
     assert main(scene.train()) == 0

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from warploom.checkpoint.lock import FolderLock
 from warploom.curate import tag
 from warploom.curate.run import Run
 from warploom.curate.workers import run_pipeline, slurm_script
@@ -191,6 +192,14 @@ def test_a_killed_run_goes_on(pipeline_file, tmp_path, expected, monkeypatch):
     child.stdout.close()
     monkeypatch.setattr(tag, "SEGMENT_BYTES", 2000)
     assert digest(run_pipeline(pipeline_file, tmp_path / "killed", "inline").folder) == expected
+
+
+def test_two_runs_do_not_write_one_folder(pipeline_file, tmp_path):
+    folder = tmp_path / "run"
+    with FolderLock(folder), pytest.raises(UserError, match=f"the run folder {folder} is in use by process"):
+        run_pipeline(pipeline_file, folder, "inline")
+    assert not (folder / "plan.json").exists()
+    run_pipeline(pipeline_file, folder, "inline")
 
 
 def test_an_error_in_a_pool_reaches_the_caller(pipeline_file, tmp_path):

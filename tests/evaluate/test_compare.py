@@ -15,6 +15,7 @@ def results(tmp_path):
 
     def make(name, scores, shots=0, prompt="what?"):
         settings = {"shots": shots}
+        (tmp_path / name).mkdir()
         folder = ResultsFolder(tmp_path / name, {"weights": name, "dtype": "fp32"})
         folder.records("arc_easy", settings)
         records = [

@@ -16,7 +16,7 @@ class Scripted:
     def __init__(self, texts):
         self.texts = texts
 
-    def complete(self, prompts, sampling, end_id=None):
+    def complete(self, prompts, sampling, *, names=None, end_id=None):
         for number, prompt in enumerate(prompts):
             yield number, [self.texts[prompt.rsplit("Question: ", 1)[1].removesuffix("\nAnswer:")]], False
 

@@ -14,7 +14,7 @@ class Scripted:
     def __init__(self, texts):
         self.texts = texts
 
-    def complete(self, prompts, sampling, end_id=None):
+    def complete(self, prompts, sampling, *, names=None, end_id=None):
         for number, prompt in enumerate(prompts):
             yield number, self.texts[prompt][: sampling.num_samples], False
 

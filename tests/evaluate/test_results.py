@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from warploom.checkpoint.lock import LOCK, FolderLock
 from warploom.cli.main import main
 from warploom.errors import UserError
 from warploom.evaluate.config import EvalConfig
@@ -83,6 +84,15 @@ def test_results_of_other_models_and_settings_are_not_mixed(evaluated, make_chec
         evaluate_tasks(other, tasks, [task_folder], evaluated)
     with pytest.raises(UserError, match="holds answers with shots 0, and now it is 1"):
         evaluate_tasks(load_model(checkpoint), tasks, [task_folder], evaluated, EvalConfig(shots=1))
+
+
+def test_two_evaluations_do_not_write_one_folder(evaluated, checkpoint, task_folder):
+    """The second is refused before it touches a file, and the first one's records stay whole."""
+    before = {file.name: file.read_bytes() for file in evaluated.iterdir() if file.name != LOCK}
+    with FolderLock(evaluated), pytest.raises(UserError, match=f"the results folder {evaluated} is in use by process"):
+        evaluate_tasks(load_model(checkpoint), find_tasks(["arc_easy"]), [task_folder], evaluated)
+    assert {file.name: file.read_bytes() for file in evaluated.iterdir() if file.name != LOCK} == before
+    evaluate_tasks(load_model(checkpoint), find_tasks(["arc_easy"]), [task_folder], evaluated)
 
 
 def test_a_limit_is_one_of_each_subject(checkpoint, task_folder, tmp_path):

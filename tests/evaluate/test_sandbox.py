@@ -149,6 +149,20 @@ def test_endless_programs_are_stopped():
     assert time.monotonic() - started < 200  # of 1000: a bound that tells stopped from not
 
 
+def test_time_in_which_the_machine_stands_still_does_not_count(monkeypatch):
+    """The clock that waits are measured by jumps while the program runs, as it does for a process that was stopped."""
+    calls = 0
+
+    def jumping():
+        nonlocal calls
+        calls += 1
+        return time.monotonic() + (1000 if calls > 3 else 0)
+
+    monkeypatch.setattr(subprocess, "_time", jumping)
+    assert run_program("import time; time.sleep(0.3)", timeout_s=1).status == "passed"
+    assert calls > 3
+
+
 def test_a_pass_cannot_be_forged():
     """Whatever a program writes to whatever is open, and however it leaves, it has not come to its end."""
     forgery = """

@@ -6,9 +6,10 @@ import threading
 import pytest
 import torch
 
+from warploom.generate.continuous import Finish, Generation
 from warploom.generate.distribution import SamplingConfig
 from warploom.generate.sampler import generate, row_generator
-from warploom.serve.batcher import Batcher, BatcherFull, BatcherStopped, Finish, Generation
+from warploom.serve.batcher import Batcher, BatcherFull, BatcherStopped
 
 
 class Caller:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.train.toy import Log, ToyBatch, ToyData, counting, ragged, reversing, toy_config, toy_model
 
-from warploom.checkpoint import RunLock, list_checkpoints, load_checkpoint, save
+from warploom.checkpoint import FolderLock, list_checkpoints, load_checkpoint, save
 from warploom.data.shards import TokenDataset, tokenize_corpus
 from warploom.errors import UserError
 from warploom.optim import lr_multiplier
@@ -338,7 +338,7 @@ def test_a_disk_full_at_the_end_is_an_error_that_names_what_is_kept(tmp_path, mo
 
 def test_one_folder_takes_one_trainer(tmp_path):
     config = toy_config(tmp_path, steps=1)
-    with RunLock(tmp_path), pytest.raises(UserError, match="in use by process"):
+    with FolderLock(tmp_path), pytest.raises(UserError, match="in use by process"):
         fit(config)
     assert fit(config)[0].steps == 1
 

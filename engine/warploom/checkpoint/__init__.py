@@ -22,7 +22,7 @@ from warploom.checkpoint.load import (
     load_weights_only,
     verify_checkpoint,
 )
-from warploom.checkpoint.lock import RunLock
+from warploom.checkpoint.lock import FolderLock
 from warploom.checkpoint.optimizer import flatten_optimizer, restore_optimizer
 from warploom.checkpoint.retention import apply_retention
 from warploom.checkpoint.save import SaveFailed, save_checkpoint, sweep
@@ -31,7 +31,7 @@ __all__ = [
     "CheckpointDamaged",
     "CheckpointState",
     "CheckpointTooNew",
-    "RunLock",
+    "FolderLock",
     "SaveFailed",
     "apply_retention",
     "differing_fields",

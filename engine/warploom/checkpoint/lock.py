@@ -1,4 +1,4 @@
-"""RunLock: one trainer per run folder."""
+"""FolderLock: one process at a time writes a folder, a run's or an evaluation's."""
 
 from __future__ import annotations
 
@@ -10,26 +10,31 @@ from types import TracebackType
 from warploom.checkpoint.save import make_run_folder
 from warploom.errors import UserError
 
+LOCK = ".lock"
 
-class RunLock:
-    """Hold run_dir/.lock for the length of a with block; entering creates the folder if it is missing.
+
+class FolderLock:
+    """Hold folder/.lock for the length of a with block; entering creates the folder if it is missing.
+
+    kind: what sort of folder it is, as errors call it.
 
     The kernel holds the lock (flock) and frees it when the holder dies, however it dies, so none is ever stale. The
     file holds the holder's process id and is never deleted: a deleted lock file could be locked twice.
     Entering raises UserError if another process holds the lock (naming it), or if the folder cannot be written.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
-        self.path = Path(run_dir, ".lock")
+    def __init__(self, folder: str | os.PathLike[str], kind: str = "run folder") -> None:
+        self.path = Path(folder, LOCK)
+        self._kind = kind
         self._fd: int | None = None
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> FolderLock:
         try:
             make_run_folder(self.path.parent)
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise UserError(
-                f"the run folder {self.path.parent} cannot be written: {error.strerror}; choose another folder"
+                f"the {self._kind} {self.path.parent} cannot be written: {error.strerror}; choose another folder"
             ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,7 +44,7 @@ class RunLock:
             holder = os.pread(fd, 32, 0).decode(errors="replace") or "unknown"
             os.close(fd)
             raise UserError(
-                f"the run folder {self.path.parent} is in use by process {holder}; stop it or choose another folder"
+                f"the {self._kind} {self.path.parent} is in use by process {holder}; stop it or choose another folder"
             ) from None
         except OSError as error:
             os.close(fd)

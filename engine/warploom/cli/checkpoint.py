@@ -21,7 +21,7 @@ _KINDS = {"weights": WEIGHTS, "optimizer": OPTIMIZER, "random states": RNG}
 class Inspect:
     """Print step, layout, files and tensors of a checkpoint, from its manifest and its configuration alone."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A step-... folder, or a run folder, whose newest checkpoint is taken."""
     tensors: Literal["weights", "all", "none"] = "weights"
     """Which tensors to list: the weights; the optimizer's and the random states too; or only how many there are."""
@@ -37,7 +37,7 @@ class Verify:
     """Compare every byte of a checkpoint, or of all checkpoints of a run, with its checksum. The exit code is 1 if one
     is damaged."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A step-... folder, or a run folder, whose checkpoints are all verified."""
 
     def run(self) -> int:

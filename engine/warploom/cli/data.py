@@ -23,7 +23,7 @@ from warploom.errors import UserError, nearest
 class RunPipeline:
     """Run a pipeline; what was done before, in this folder, is not done again."""
 
-    pipeline: Annotated[Path, tyro.conf.Positional]
+    pipeline: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PIPELINE")]
     """A .toml file, or a .py file with a function pipeline()."""
     out: Path = Path("curated")
     """Folder of the run: train/, heldout/, tokens/, manifest.json, report.html."""
@@ -51,7 +51,7 @@ class RunPipeline:
 class Slurm:
     """Plan a run and print the shell script that submits it to Slurm."""
 
-    pipeline: Annotated[Path, tyro.conf.Positional]
+    pipeline: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PIPELINE")]
     """A .toml file, or a .py file with a function pipeline()."""
     out: Path = Path("curated")
     """Folder of the run, on a file system that all nodes see."""
@@ -66,11 +66,11 @@ class Slurm:
 class Task:
     """Do one task of a phase: what the jobs of the Slurm script call."""
 
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
-    phase: Annotated[str, tyro.conf.Positional]
+    phase: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PHASE")]
     """Name of the phase."""
-    index: Annotated[int, tyro.conf.Positional]
+    index: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="NUMBER")]
     """Number of the task, from 0."""
 
     def run(self) -> None:
@@ -81,9 +81,9 @@ class Task:
 class Trace:
     """Tell where a training token comes from: file, record, steps."""
 
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
-    token: Annotated[int, tyro.conf.Positional]
+    token: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="TOKEN")]
     """Number of the token in the shards, from 0."""
     side: Literal["train", "heldout"] = "train"
     """Side of the split."""
@@ -99,9 +99,9 @@ class Trace:
 class Seen:
     """Report the mix that a training run has really seen."""
 
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run of the pipeline."""
-    samples: Annotated[int, tyro.conf.Positional]
+    samples: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES")]
     """Sequences trained on: steps times the global batch size."""
     seq_len: int
     """The training run's, in tokens."""
@@ -150,7 +150,7 @@ class TrainClassifier:
 class Audit:
     """List the words that the sources of a run use most differently."""
 
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a finished run with two sources or more."""
     min_count: int = 50
     """Occurrences that a word needs in each source."""

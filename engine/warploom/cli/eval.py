@@ -25,7 +25,7 @@ from warploom.train.load_model import LoadedModel, load_model
 class Command:
     """Measure models on text they were not trained on, or, with --tasks, on benchmarks, compared on one page."""
 
-    checkpoint: tyro.conf.Positional[tuple[Path, ...]]
+    checkpoint: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[CHECKPOINT ...]")]
     """step-... folders, or run folders, whose newest sound checkpoint is taken."""
     tasks: tuple[str, ...] = ()
     """Benchmarks, separated by commas or spaces; docs/evaluation.md says which there are and what their files are."""

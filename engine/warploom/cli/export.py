@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,9 +15,9 @@ from warploom.interchange.checkpoint import export_checkpoint
 class Command:
     """Write a checkpoint for other programs."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A step-... folder, or a run folder, whose newest sound checkpoint is taken."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """What to write: a folder for hf and safetensors, a file for gguf and onnx. It must not exist."""
     format: Literal["hf", "safetensors", "gguf", "onnx"] = "hf"
     """hf: config.json, model.safetensors and tokenizer.json for Hugging Face transformers. gguf: for llama.cpp.

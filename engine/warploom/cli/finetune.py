@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -21,7 +22,7 @@ from warploom.train.monitor import format_duration
 class Command:
     """Go on from a trained model: in full, some layers of it, or adapters beside it (LoRA)."""
 
-    base: tyro.conf.Positional[Path]
+    base: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
     """A step-... folder, or a run folder, whose newest sound checkpoint is taken."""
     data: tuple[str, ...] = ()
     """Files of examples (.jsonl, also .gz .zst .xz): messages, or prompt and response, or chosen and rejected; or text

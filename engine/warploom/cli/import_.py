@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -15,10 +16,10 @@ from warploom.train.load_model import load_model
 class Command:
     """Write a model of another framework as a checkpoint that every verb takes."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A folder as Hugging Face transformers writes it (config.json, safetensors, tokenizer.json), a .gguf file, or a
     .safetensors file with CTranslate2's names. Pickles (.bin, .pt) are refused."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write; its checkpoint is step-00000000."""
     num_heads: int | None = None
     """Attention heads, for a CTranslate2 file, which does not say."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from warploom.errors import UserError
 from warploom.launch import LaunchConfig, launch
@@ -16,7 +17,7 @@ class Command(LaunchConfig):
     """Run a verb in several processes: `warploom launch --nproc 4 -- train --parallel.shard 4 ...`. When one dies,
     freezes or gets stuck, all start again from the last checkpoint."""
 
-    verb: Positional[tuple[str, ...]] = ()
+    verb: Annotated[tuple[str, ...], Positional, arg(metavar="[VERB ...]")] = ()
     """After --: the verb, and its flags."""
 
     def run(self) -> int:

@@ -22,7 +22,7 @@ from warploom.train.load_model import LoadedModel, load_model
 class Command:
     """Write text with a trained model; it streams as it comes when there is one sample to write."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A step-... folder, or a run folder, whose newest sound checkpoint is taken."""
     prompt: tuple[str, ...] = ("",)
     """Texts to continue, or, for an encoder-decoder, to translate; the empty text begins a document."""

@@ -19,7 +19,7 @@ from warploom.train.device import choose_device
 class Command:
     """Serve checkpoints: OpenAI's API for completions and chat, and a page to try and compare them."""
 
-    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[CHECKPOINT ...]")]
     """step-... folders, or run folders, whose newest sound checkpoints are taken; the first is the default model."""
     base: Path | None = None
     """The base of an adapter, where it is no longer where it was."""

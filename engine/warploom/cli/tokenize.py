@@ -20,7 +20,7 @@ from warploom.data.tokenizer import Tokenizer
 class Command:
     """Encode text into token shards that training maps into memory."""
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT ...]")] = ()
     """Files, folders or quoted globs: .txt .md .py .jsonl .jsonl.gz .jsonl.xz .jsonl.zst .parquet. Without any,
     the built-in corpus: the Python standard library."""
     out: Path = Path("tokens")

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from warploom.checkpoint.lock import LOCK
 from warploom.curate.cut import (
     KEPT,
     Decisions,
@@ -92,7 +93,7 @@ class Run:
         }
         tokenizer = pipeline.tokens.tokenizer if pipeline.tokens is not None else None
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / "plan.json").exists():
+        if any(entry.name != LOCK for entry in folder.iterdir()) and not (folder / "plan.json").exists():
             raise UserError(f"{folder} holds other files; name an empty or new folder for the run")
         copy = f"pipeline{pipeline_file.suffix}"
         if pipeline_file.resolve() != (folder / copy).resolve():

@@ -12,7 +12,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
 
+from warploom.checkpoint.lock import FolderLock
 from warploom.curate.optional import optional
+from warploom.curate.pipeline import load_pipeline
 from warploom.curate.run import Run, run_task
 from warploom.errors import UserError
 
@@ -30,19 +32,22 @@ def run_pipeline(
 ) -> Run:
     """Run a pipeline into a folder, going on where an earlier run of it was stopped. Returns the finished run.
 
-    Raises UserError for an unusable pipeline or input, or if nothing is left.
+    Raises UserError for an unusable pipeline or input, if nothing is left, and if another process is at work in the
+    folder.
     """
     if num_workers < 1:
         raise UserError(f"num-workers must be at least 1, got {num_workers}")
-    run = Run.prepare(pipeline_file, folder)
-    if run.is_done("finish", 0) and not run.is_published():
-        run.unfinish()
-    if workers == "ray":
-        _ray(run, num_workers, ray_address, progress)
-    elif workers == "pool" and num_workers > 1:
-        _pool(run, num_workers, progress)
-    else:
-        _inline(run, progress)
+    load_pipeline(pipeline_file)  # before a folder is made for one that cannot be used
+    with FolderLock(folder):
+        run = Run.prepare(pipeline_file, folder)
+        if run.is_done("finish", 0) and not run.is_published():
+            run.unfinish()
+        if workers == "ray":
+            _ray(run, num_workers, ray_address, progress)
+        elif workers == "pool" and num_workers > 1:
+            _pool(run, num_workers, progress)
+        else:
+            _inline(run, progress)
     return run
 
 

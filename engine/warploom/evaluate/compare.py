@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def write_comparison(folders: Sequence[Path], page: Path) -> Path:
         sections=[_section(task, folders, results) for task in tasks],
         visible=lambda text: text.translate(_VISIBLE),
     )
-    page.write_text(text, encoding="utf-8")
+    part = page.with_name(f"{page.name}.{os.getpid()}.part")  # evaluations of several models may end at once
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, page)
     return page
 
 

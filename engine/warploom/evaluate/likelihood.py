@@ -114,6 +114,17 @@ def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
+    """Return what all prompts begin with, less than the whole of any; nothing where a pass of its own saves too
+    little."""
+    if not prompts:
+        return []
+    # What the first and the last in order have in common, all have.
+    first, last = min(prompts), max(prompts)
+    shared = min(_num_common(first, last), min(map(len, prompts)) - 1)
+    return first[:shared] if shared >= _MIN_SHARED and (len(prompts) - 1) * shared >= _MIN_SAVED else []
+
+
 class _Pass:
     """Scores one family."""
 

@@ -25,17 +25,11 @@ RESULTS = "results.json"
 
 
 class ResultsFolder:
-    """Results of one model, in a folder that is made if it is not there."""
+    """Results of one model, in a folder that is there and that nobody else writes (checkpoint.lock.FolderLock)."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Raises UserError if the folder holds results of another model or precision."""
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the results folder {path} cannot be made: {error.strerror}; give another --out"
-            ) from error
         before = _read_json(path / "settings.json")
         if before is None:
             _write(path / "settings.json", dict(settings))

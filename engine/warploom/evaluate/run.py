@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
+from warploom.checkpoint.lock import FolderLock
 from warploom.errors import UserError, nearest
 from warploom.evaluate.config import EvalConfig
 from warploom.evaluate.results import ResultsFolder
@@ -53,31 +54,34 @@ def evaluate_tasks(
 
     Items that out already has answers for are not asked again. on_progress(task, items answered, items) is called as
     answers come, on_figures(task, summary) when a task is done. All files are read before the model is asked.
-    Raises UserError for missing files, and if out holds results of another model or of other settings.
+    Raises UserError for missing files, if out holds results of another model or of other settings, and if another
+    evaluation is writing there.
     """
     config = EvalConfig() if config is None else config
     files = TaskFiles(data)
     items = {task.name: read_task(task, files, config) for task in tasks}
-    folder = ResultsFolder(
-        out,
-        {
-            "checkpoint": str(loaded.path),
-            "step": loaded.step,
-            "weights": base_record(loaded.path)["weights"],
-            "dtype": config.dtype,
-        },
-    )
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    model = text_model(
-        loaded.model, loaded.tokenizer, dtype=dtype, batch_size=config.batch_size, chat_template=loaded.chat_template
-    )
-    summaries = {}
-    for task in tasks:
-        settings = task_settings(task, files, config)
-        records = _answer(task, items[task.name], model, config, folder, settings, on_progress)
-        summaries[task.name] = folder.finish(task.name, settings, records)
-        on_figures(task.name, summaries[task.name])
-    return summaries
+    with FolderLock(out, "results folder"):
+        folder = ResultsFolder(
+            out,
+            {
+                "checkpoint": str(loaded.path),
+                "step": loaded.step,
+                "weights": base_record(loaded.path)["weights"],
+                "dtype": config.dtype,
+            },
+        )
+        dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+        template = loaded.chat_template
+        model = text_model(
+            loaded.model, loaded.tokenizer, dtype=dtype, batch_size=config.batch_size, chat_template=template
+        )
+        summaries = {}
+        for task in tasks:
+            settings = task_settings(task, files, config)
+            records = _answer(task, items[task.name], model, config, folder, settings, on_progress)
+            summaries[task.name] = folder.finish(task.name, settings, records)
+            on_figures(task.name, summaries[task.name])
+        return summaries
 
 
 def task_settings(task: Task, files: TaskFiles, config: EvalConfig) -> dict[str, Any]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
+import xxhash
 
 from warploom.data.chat import ChatTemplate
 from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
-from warploom.evaluate.likelihood import Likelihood, Request, log_likelihoods
+from warploom.evaluate.likelihood import Likelihood, Request, log_likelihoods, shared_prefix
+from warploom.generate.continuous import ContinuousBatch, Finish, Generation, Token
 from warploom.generate.distribution import SamplingConfig
-from warploom.generate.sampler import generate
+from warploom.generate.sampler import row_generator
 from warploom.models.transformer import Transformer
 from warploom.nn.linear import keep_packed
 
@@ -57,32 +61,64 @@ class TextModel:
             requests.append(Request(tuple([*begin, *heads[context]] or [self.tokenizer.eos_id]), tuple(ids)))
         return requests
 
+    @torch.no_grad()
     def complete(
-        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingConfig, *, end_id: int | None = None
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingConfig | Sequence[SamplingConfig],
+        *,
+        names: Sequence[str] | None = None,
+        end_id: int | None = None,
     ) -> Iterator[tuple[int, list[str], bool]]:
-        """Yield (index of the prompt, its continuations, whether the prompt was cut), longest prompts first.
+        """Yield (index of the prompt, its continuations, whether the prompt was cut), as they are finished. The longest
+        prompts come first; what all of them begin with is read once; a text that ends makes room for another.
 
-        A prompt is cut on the left to leave room for max_new_tokens, of which at most half of the context is used.
-        What is drawn depends on the seed and the prompt's index, not on the batch.
+        sampling: one for all prompts, or one of each. A prompt is cut on the left to leave room for max_new_tokens, of
+        which at most half of the context is used. What is drawn depends on the seed and the prompt's name (its index
+        without names), not on what is written beside it. end_id: another token that ends a text.
         """
         context = self.model.config.max_seq_len
-        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, max(1, context // 2)))
-        room = context - sampling.max_new_tokens
-        encoded = [self.tokenizer.encode_beginning(p) if isinstance(p, str) else list(p) for p in prompts]
-        order = sorted(range(len(prompts)), key=lambda n: -len(encoded[n]))
-        size = max(1, self._batch_size // sampling.num_samples)
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            texts = generate(
-                self.model,
-                self.tokenizer,
-                [encoded[n][-room:] for n in batch],
-                sampling,
-                end_id=end_id,
-                numbers=batch,
-            )
-            for n, samples in zip(batch, texts, strict=True):
-                yield n, samples, len(encoded[n]) > room
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else sampling
+        each = [replace(one, max_new_tokens=min(one.max_new_tokens, max(1, context // 2))) for one in each]
+        whole = [self.tokenizer.encode_beginning(p) if isinstance(p, str) else list(p) for p in prompts]
+        cut = [ids[one.max_new_tokens - context :] for ids, one in zip(whole, each, strict=True)]
+        streams = range(len(prompts)) if names is None else [xxhash.xxh3_64_intdigest(name.encode()) for name in names]
+        end_ids = frozenset({self.tokenizer.eos_id, *([] if end_id is None else [end_id])})
+        texts: dict[int, dict[int, str]] = {n: {} for n in range(len(prompts))}
+        finished: deque[int] = deque()
+
+        def generation(n: int, sample: int) -> Generation:
+            pieces: list[str] = []
+
+            def on_event(event: Token | Finish) -> None:
+                pieces.append(event.text)
+                if isinstance(event, Finish):
+                    texts[n][sample] = "".join(pieces)
+                    if len(texts[n]) == each[n].num_samples:
+                        finished.append(n)
+
+            return Generation(cut[n], each[n], end_ids, row_generator(each[n].seed, streams[n], sample), 0, on_event)
+
+        order = sorted(range(len(prompts)), key=lambda n: -len(cut[n]))
+        to_come = (generation(n, sample) for n in order for sample in range(each[n].num_samples))
+        batch = ContinuousBatch(
+            self.model,
+            self.tokenizer,
+            num_slots=self._batch_size,
+            max_len=max((len(ids) + one.max_new_tokens for ids, one in zip(cut, each, strict=True)), default=1),
+            prefix=shared_prefix(cut),
+        )
+        waiting: deque[Generation] = deque()
+        while True:
+            waiting.extend(islice(to_come, self._batch_size - len(waiting)))
+            batch.admit(waiting)
+            if not batch.num_rows:
+                return
+            batch.step()
+            while finished:
+                n = finished.popleft()
+                done = texts.pop(n)
+                yield n, [done[sample] for sample in range(len(done))], len(cut[n]) < len(whole[n])
 
 
 def text_model(

@@ -20,16 +20,6 @@ class KeyValueCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._lengths: Tensor | None = None  # (B,) keys held per row; None before the prompts are read
 
-    @property
-    def prompt_lengths(self) -> Tensor:
-        """(B,): tokens of each prompt."""
-        return self._prompt_lengths
-
-    @property
-    def layers(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys and values (B, H_kv, max_len, D) by layer."""
-        return self._layers
-
     def num_keys(self, num_new: int) -> int:
         return num_new if self._lengths is None else int(self._lengths.max()) + num_new
 
@@ -71,6 +61,11 @@ class PrefixCache:
         self.cross: dict[int, tuple[Tensor, Tensor]] = {}
         self.length = 0  # keys per row
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def layers(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values (B, H_kv, length, D) by layer."""
+        return self._layers
 
     def num_keys(self, num_new: int) -> int:
         return self.length + num_new

@@ -35,7 +35,6 @@ def generate(
     *,
     sources: Sequence[str] | None = None,
     end_id: int | None = None,
-    numbers: Sequence[int] | None = None,
     on_text: Callable[[int, int, str], None] | None = None,
 ) -> list[list[str]]:
     """Continue each prompt num_samples times. Returns, per prompt, the continuations without the prompt.
@@ -43,10 +42,9 @@ def generate(
     Prompts may have different lengths; what a sample says does not depend on the prompts beside it, up to the rounding
     of the model's products. A sample ends at <|endoftext|>, a stop string (cut off), max_new_tokens, or when the
     model's context is full. Each prompt is read as the beginning of a document, an empty one too; one that is given as
-    token ids, a chat's for instance, is read as it stands. end_id: another token that ends a sample. numbers: the place
-    of each prompt, which decides its random stream, where they are part of a longer list. For an encoder-decoder,
-    sources gives the text to encode for each prompt. on_text(prompt number, sample number, piece) is called as text
-    comes.
+    token ids, a chat's for instance, is read as it stands. end_id: another token that ends a sample. For an
+    encoder-decoder, sources gives the text to encode for each prompt. on_text(prompt number, sample number, piece) is
+    called as text comes.
     Raises UserError for a prompt longer than the context.
     """
     sampling = SamplingConfig() if sampling is None else sampling
@@ -62,8 +60,7 @@ def generate(
     rows = [(p, s) for p in range(len(prompts)) for s in range(sampling.num_samples)]
     streams = [TextStream(tokenizer, sampling.stop) for _ in rows]
     source = None if sources is None else [tokenizer.encode(sources[p]) + [tokenizer.eos_id] for p, _ in rows]
-    places = range(len(prompts)) if numbers is None else numbers
-    generators = [row_generator(sampling.seed, places[p], s) for p, s in rows]
+    generators = [row_generator(sampling.seed, p, s) for p, s in rows]
     finished = [False] * len(rows)
 
     def emit(row: int, piece: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-
-from warploom.generate.cache import KeyValueCache
 
 
 class SlotCache:
@@ -22,13 +22,13 @@ class SlotCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)  # keys held per row
 
-    def insert(self, prompts: KeyValueCache) -> None:
-        """Append the rows of prompts that the model has just read."""
-        lengths = prompts.prompt_lengths
+    def insert(self, layers: Mapping[int, tuple[Tensor, Tensor]], lengths: Tensor) -> None:
+        """Append rows whose prompts the model has read. layers: keys and values (B, H_kv, T, D) by layer, the first
+        lengths (B,) of them real."""
         first, count = self.num_rows, len(lengths)
         if first + count > self._num_slots:
             raise ValueError(f"prompts must be at most {self._num_slots - first} to fit the free slots, got {count}")
-        for layer, (k, v) in prompts.layers.items():
+        for layer, (k, v) in layers.items():
             if layer not in self._layers:
                 _, H_kv, _, D = k.shape
                 shape = (self._num_slots, H_kv, self._max_len, D)

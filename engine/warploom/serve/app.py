@@ -21,8 +21,9 @@ from starlette.routing import Route
 
 from warploom.data.chat import ChatTemplate
 from warploom.data.tokenizer import Tokenizer
+from warploom.generate.continuous import Finish, Generation, Token
 from warploom.generate.sampler import row_generator
-from warploom.serve.batcher import Batcher, BatcherFull, BatcherStopped, Finish, Generation, Token
+from warploom.serve.batcher import Batcher, BatcherFull, BatcherStopped
 from warploom.serve.limits import Guard, RateLimiter, read_body
 from warploom.serve.requests import Refused, Request, parse_body, read_request
 from warploom.serve.responses import DONE, Choice, Writer, error_event

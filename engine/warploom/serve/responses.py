@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from warploom.data.tokenizer import Tokenizer
-from warploom.serve.batcher import Finish, Token
+from warploom.generate.continuous import Finish, Token
 from warploom.serve.requests import Request
 
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from warploom.checkpoint import rng
 from warploom.checkpoint.background import BackgroundSaver
 from warploom.checkpoint.format import CheckpointState, list_checkpoints, step_of
-from warploom.checkpoint.lock import RunLock
+from warploom.checkpoint.lock import FolderLock
 from warploom.checkpoint.ranks import save_over_ranks
 from warploom.checkpoint.retention import apply_retention
 from warploom.checkpoint.save import SaveFailed, save_checkpoint
@@ -297,7 +297,7 @@ class Trainer:
         return self.config.train.global_batch_size if self._is_shared_out else self.progress.micro_batch_size
 
     def _run_lock(self) -> AbstractContextManager[object]:
-        return RunLock(self.config.train.out_dir) if self._rank == 0 else nullcontext()
+        return FolderLock(self.config.train.out_dir) if self._rank == 0 else nullcontext()
 
     def _start_monitor(self) -> None:
         if self._monitor is None:

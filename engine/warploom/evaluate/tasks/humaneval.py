@@ -46,7 +46,8 @@ class HumanEval(Task):
         run_program("pass")  # where there can be no sandbox, that is known before hours of writing
 
     def answer(self, model: TextModel, items: Sequence[Item], config: EvalConfig) -> Iterator[Record]:
-        for number, texts, cut in model.complete([item.prompt for item in items], self._sampling(config)):
+        prompts, names = [item.prompt for item in items], [item.id for item in items]
+        for number, texts, cut in model.complete(prompts, self._sampling(config), names=names):
             item = items[number]
             programs = [f"{item.prompt}{text}\n{item.values['test']}" for text in texts]
             outcomes = list(run_programs(programs, workers=config.code_workers, timeout_s=_TIMEOUT_S))

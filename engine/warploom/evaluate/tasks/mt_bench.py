@@ -18,6 +18,8 @@ from warploom.generate.distribution import SamplingConfig
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 _WITH_REFERENCE = ("math", "reasoning", "coding")
 _MAX_NEW_TOKENS = 1024
+# Conversations held side by side; an interruption loses the answers of at most so many.
+_TOGETHER = 20
 
 
 class MTBench(Task):
@@ -72,21 +74,24 @@ class MTBench(Task):
     def answer(self, model: TextModel, items: Sequence[Item], config: EvalConfig) -> Iterator[Record]:
         template = _template(model, config)
         judge = make_judge(config)
-        for item in items:
-            answers: list[str] = []
-            flags = []
+        for start in range(0, len(items), _TOGETHER):
+            part = items[start : start + _TOGETHER]
+            answers: list[list[str]] = [[] for _ in part]
+            flags: list[list[str]] = [[] for _ in part]
             for turn in range(2):
-                talk = conversation(item.values["turns"], answers)
-                ids = template.encode(model.tokenizer, talk, add_generation_prompt=True).ids
-                sampling = SamplingConfig(
-                    temperature=TEMPERATURES.get(item.group, 0.0),
-                    max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS,
-                    seed=config.seed + int.from_bytes(f"{item.id}/{turn}".encode(), "big") % 2**31,
-                )
-                ((_, (text,), cut),) = model.complete([ids], sampling, end_id=template.end_id(model.tokenizer))
-                answers.append(text)
-                flags += ["prompt cut"] if cut else []
-            yield self._judged(record(item, {}, flags, turns=item.values["turns"], answers=answers), item, judge)
+                talks = [conversation(item.values["turns"], said) for item, said in zip(part, answers, strict=True)]
+                prompts = [template.encode(model.tokenizer, talk, add_generation_prompt=True).ids for talk in talks]
+                for number, (text,), cut in model.complete(
+                    prompts,
+                    [_sampling(item, config) for item in part],
+                    names=[f"{item.id}/{turn}" for item in part],
+                    end_id=template.end_id(model.tokenizer),
+                ):
+                    answers[number].append(text)
+                    flags[number] += ["prompt cut"] if cut else []
+            for number, item in enumerate(part):
+                done = record(item, {}, flags[number], turns=item.values["turns"], answers=answers[number])
+                yield self._judged(done, item, judge)
 
     def finish(self, done: Record, item: Item, config: EvalConfig) -> Record | None:
         """Judge answers that wait for it; None if there is nothing to do."""
@@ -112,6 +117,14 @@ class MTBench(Task):
             "ratings": ratings,
             "judge": judge.name,
         }
+
+
+def _sampling(item: Item, config: EvalConfig) -> SamplingConfig:
+    return SamplingConfig(
+        temperature=TEMPERATURES.get(item.group, 0.0),
+        max_new_tokens=config.max_new_tokens or _MAX_NEW_TOKENS,
+        seed=config.seed,
+    )
 
 
 def conversation(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
