@@ -97,24 +97,23 @@ class PackedWeight:
     alone, since comparing values would wait for the device: step such weights with warploom.optim.
     """
 
-    _SAMPLED = 32  # elements
-
     def __init__(self) -> None:
         self._panels: Tensor | None = None
         self._of: weakref.ref[Tensor] | None = None
         self._dtype: torch.dtype | None = None
+        self._address = 0  # of the weight's first element
         self._version = -1
-        self._sample: Tensor | None = None
+        self._watched: Tensor | None = None  # elements of the weight, a view
+        self._sample: Tensor | None = None  # their values at the time of packing
 
     def panels(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Return the panels of the weight as it is now, for activations of this dtype; None where none are read."""
         if weight.device.type == "cuda" or OP.forced() == "triton":
             return self._copy(weight, dtype)
-        if OP.choice(weight.device.type) != "cpu" or (OP.forced() or "cpu") != "cpu" or not _packs(dtype):
+        if not _packs(dtype) or OP.choice(weight.device.type) != "cpu" or (OP.forced() or "cpu") != "cpu":
             return None
         panels = self._allocated(weight, dtype)
-        sample = self._sampled(weight)
-        if weight._version != self._version or self._sample is None or not torch.equal(sample, self._sample):
+        if weight._version != self._version or not torch.equal(self._watched, self._sample):
             torch.ops.warploom_cpu.linear_pack(weight.detach(), dtype, panels)
             self.now_hold(weight)
         return panels
@@ -122,9 +121,10 @@ class PackedWeight:
     def _copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         if weight.dtype == dtype:
             return None
-        if self._panels is None or self._of is None or self._of() is not weight or self._dtype != dtype:
+        if not self._is_of(weight, dtype):
             self._panels = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-            self._of, self._dtype, self._version, self._sample = weakref.ref(weight), dtype, -1, None
+            self._begin(weight, dtype)
+        assert self._panels is not None
         if weight._version != self._version:
             self._panels.copy_(weight.detach())
             self._version = weight._version
@@ -133,24 +133,35 @@ class PackedWeight:
     def memory_for(self, weight: Tensor) -> Tensor | None:
         """Return the memory of the panels for bfloat16 activations, for who is about to change the weight and writes
         them too, and then says now_hold(weight); None where no panels are in use."""
-        in_use = self._of is not None and self._of() is weight and self._dtype == torch.bfloat16
-        return self._panels if in_use and weight.is_contiguous() else None
+        return self._panels if self._is_of(weight, torch.bfloat16) and weight.is_contiguous() else None
 
     def now_hold(self, weight: Tensor) -> None:
         """Take the panels for those of the weight as it is now."""
         self._version = weight._version
-        if weight.device.type != "cuda":
-            self._sample = self._sampled(weight).clone()
+        if self._watched is not None:
+            self._sample = self._watched.clone()
 
-    def _sampled(self, weight: Tensor) -> Tensor:
-        return weight.detach().reshape(-1)[:: max(1, weight.numel() // self._SAMPLED)]
+    def _is_of(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        return (
+            self._of is not None
+            and self._of() is weight
+            and self._dtype == dtype
+            and self._address == weight.data_ptr()  # which `weight.data = other` changes
+        )
+
+    def _begin(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self._of, self._dtype, self._address = weakref.ref(weight), dtype, weight.data_ptr()
+        self._version, self._watched, self._sample = -1, None, None
 
     def _allocated(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the memory of the panels, whatever is in it."""
-        if self._panels is None or self._of is None or self._of() is not weight or self._dtype != dtype:
+        if not self._is_of(weight, dtype):
             size = torch.ops.warploom_cpu.linear_packed_bytes(weight.detach(), dtype)
             self._panels = torch.empty(size, dtype=torch.uint8)
-            self._of, self._dtype, self._version, self._sample = weakref.ref(weight), dtype, -1, None
+            self._begin(weight, dtype)
+            F, C = weight.shape
+            self._watched = weight.detach()[:: max(1, F // 8), :: max(1, C // 4)]
+        assert self._panels is not None
         return self._panels
 
     def __deepcopy__(self, memo: dict) -> PackedWeight:

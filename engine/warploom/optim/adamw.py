@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from warploom.ops import adamw
 from warploom.ops.linear import PackedWeight
+from warploom.optim.eager import EagerMethods
 from warploom.optim.parts import local_part
 
 # Parameters, gradients, exp_avg, exp_avg_sq, max_exp_avg_sq (empty without amsgrad), step.
@@ -20,7 +21,7 @@ _Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tens
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(EagerMethods, torch.optim.AdamW):
     """AdamW, in the place of torch's: the same arguments, param_groups, state_dict and, up to rounding, results.
 
     foreach and fused choose among torch's loops and so change nothing here. Groups with capturable or differentiable,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from warploom.ops.newton_schulz import newton_schulz
+from warploom.optim.eager import EagerMethods
 from warploom.optim.parts import local_part
 
 
@@ -27,7 +28,7 @@ class MatrixExchange(Protocol):
         lie as params do and have one whole shape. Every process calls with the same params, in the same order."""
 
 
-class Muon(Optimizer):
+class Muon(EagerMethods, Optimizer):
     """Nesterov momentum whose update is the nearest (semi-)orthogonal matrix, with decoupled weight decay.
 
     params: matrices (2-D). The update's root mean square is 0.2, AdamW's usual one, whatever the matrix's shape, so
