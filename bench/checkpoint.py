@@ -1,4 +1,4 @@
-"""Checkpoints: how long a save takes and what it costs the steps; and what the same bits on any layout cost.
+"""Checkpoints: how long a save takes, and what it costs the steps.
 
     python -m bench.checkpoint [--config small] [--dtype bf16] [--every 100] [--folder DIR] [--json FILE]
 
@@ -6,8 +6,6 @@ save: seconds of save_checkpoint with all fsyncs, of writing as many bytes to on
 checksums alone, taking turns. beside the training: steps are made, and every so many of them the state is saved in the
 background as the trainer does it; stall is the time that a save held the steps up (waiting for the save before, taking
 the copy), slower what the steps took longer while a thread wrote, both as shares of the time between two saves.
-elastic: a step of several micro batches whose gradients are summed in a tree, against the usual one, taking turns; on a
-machine that others use too, look at the processor time.
 What was saved is loaded and compared, and the steps' losses, before anything is printed; else the exit code is 1.
 """
 
@@ -38,9 +36,8 @@ from warploom.checkpoint.tensors import tensor_bytes
 from warploom.models.transformer import Transformer
 from warploom.nn.linear import keep_packed
 from warploom.optim import AdamW
-from warploom.parallel.tree import TreeSum, step_seed
 from warploom.train.allocator import keep_freed_memory
-from warploom.train.step import ONE_PROCESS, Processes, training_step
+from warploom.train.step import training_step
 
 
 @dataclass(frozen=True)
@@ -50,35 +47,24 @@ class _Batch:
 
 
 class Run:
-    """A model in training on random tokens, a few micro batches a step."""
+    """A model in training on random tokens."""
 
-    def __init__(self, config: str, dtype: torch.dtype, num_micro_batches: int, *, elastic: bool = False) -> None:
+    def __init__(self, config: str, dtype: torch.dtype) -> None:
         case = CASES[config]
         torch.manual_seed(0)
         self.model = Transformer(case.model)
         self.model.compute_dtype = dtype
-        rows = max(1, case.batch_size // num_micro_batches)
-        drawn = [torch.randint(case.model.vocab_size, (rows, case.seq_len + 1)) for _ in range(num_micro_batches)]
-        self._batches = [_Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) for tokens in drawn]
+        tokens = torch.randint(case.model.vocab_size, (case.batch_size, case.seq_len + 1))
+        self._batch = _Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         self._parameters = list(self.model.parameters())
         self._optimizer = AdamW(self._parameters, lr=3e-4)
         self._optimizer.pack_into(keep_packed(self.model))
         self._loss_sum = functools.partial(self.model.loss, reduction="sum")
-        self._processes: Processes = ONE_PROCESS
-        if elastic:
-            self._processes = TreeSum(self._parameters, lambda: step_seed(0, self.num_steps), None)
         self.num_steps = 0
 
     def step(self) -> float:
         self.num_steps += 1
-        return training_step(
-            self._loss_sum,
-            self._batches,
-            self._parameters,
-            [self._optimizer],
-            grad_clip=1.0,
-            processes=self._processes,
-        ).loss
+        return training_step(self._loss_sum, [self._batch], self._parameters, [self._optimizer], grad_clip=1.0).loss
 
     def state(self) -> CheckpointState:
         tensors, values = flatten_optimizer(self._optimizer, self.model.named_parameters())
@@ -171,30 +157,6 @@ def bench_beside(run: Run, folder: Path, every: int, num_saves: int) -> dict[str
     }
 
 
-def bench_elastic(config: str, dtype: torch.dtype, num_micro_batches: int, budget_s: float) -> dict[str, Any]:
-    runs = {name: Run(config, dtype, num_micro_batches, elastic=name == "elastic") for name in ("layout", "elastic")}
-    for _ in range(3):
-        losses = [run.step() for run in runs.values()]
-        if not abs(losses[0] - losses[1]) <= 1e-3 * abs(losses[0]):
-            sys.exit(f"the losses are {losses}, so nothing is printed")
-    cpu_s: dict[str, list[float]] = {name: [] for name in runs}
-
-    def step(name: str) -> None:
-        started = time.process_time()
-        runs[name].step()
-        cpu_s[name].append(time.process_time() - started)
-
-    timings = interleave({name: functools.partial(step, name) for name in runs}, budget_s=budget_s)
-    layout, elastic = timings["layout"], timings["elastic"]
-    return {
-        "layout_s": layout.median_s,
-        "elastic_s": elastic.median_s,
-        "added": elastic.median_s / layout.median_s - 1,
-        "added_cpu": statistics.median(cpu_s["elastic"]) / statistics.median(cpu_s["layout"]) - 1,
-        "spread": layout.spread,
-    }
-
-
 @dataclass(frozen=True)
 class Command:
     """Time checkpoints, and the steps beside them."""
@@ -205,8 +167,6 @@ class Command:
     """Steps between two saves."""
     saves: int = 2
     """Saves beside the training."""
-    micro_batches: int = 4
-    """elastic: micro batches of a step."""
     folder: Path | None = None
     """Where to write; None takes a temporary folder."""
     budget_s: float = 10.0
@@ -218,14 +178,13 @@ class Command:
         print_fingerprint()
         folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=self.folder))
         try:
-            run = Run(self.config, DTYPES[self.dtype], 1)
+            run = Run(self.config, DTYPES[self.dtype])
             for _ in range(3):
                 run.step()
             save = bench_save(run, folder, self.budget_s)
             beside = bench_beside(run, folder, self.every, self.saves)
         finally:
             shutil.rmtree(folder)
-        elastic = bench_elastic(self.config, DTYPES[self.dtype], self.micro_batches, self.budget_s)
         print_table(
             f"save: {self.config}, {save['bytes'] / 1e6:,.0f} MB of weights and moments",
             ("", "s", "MB/s", "spread", "one file, one fsync: s", "checksums, of the save"),
@@ -254,21 +213,7 @@ class Command:
                 )
             ],
         )
-        print_table(
-            f"elastic: {self.micro_batches} micro batches",
-            ("", "layout ms", "elastic ms", "added", "added processor time", "spread"),
-            [
-                (
-                    f"{self.config} {self.dtype}",
-                    f"{elastic['layout_s'] * 1e3:.1f}",
-                    f"{elastic['elastic_s'] * 1e3:.1f}",
-                    f"{elastic['added']:+.1%}",
-                    f"{elastic['added_cpu']:+.1%}",
-                    f"{elastic['spread']:.0%}",
-                )
-            ],
-        )
-        parts = {"save": save, "beside": beside, "elastic": elastic}
+        parts = {"save": save, "beside": beside}
         write_records(self.json, [{"part": name, **part} for name, part in parts.items()])
 
 

@@ -268,7 +268,7 @@ def main(options: Options) -> None:
         raise UserError(f"dimension is {unknown[0]!r}; known: {', '.join(LEAST)}")
     if options.worker is not None:
         torch.set_num_threads(1)
-        with processes("cpu", timeout_s=120.0):
+        with processes("cpu"):
             found = work(options.dimension[0], options.steps)
             (options.worker / f"{dist.get_rank()}.json").write_text(json.dumps(found))
         return

@@ -93,7 +93,7 @@ class PlainSGD:
 def optimizers_of(case, module, dtype, **arguments):
     name = case.get("optimizer", "adamw")
     if name == "sgd":
-        return [PlainSGD(list(module.parameters()), 0.5)]
+        return [PlainSGD(list(module.parameters()), case.get("lr", 0.5))]
     # Adam divides by the size of a gradient, so where that is near zero its rounding becomes the update: in float32
     # eps bounds by how much (test_rounding.py). float64 shows the usual eps.
     config = OptimizerConfig(name=name, lr=3e-3, muon_lr=3e-3, eps=case.get("eps", 1e-8))
@@ -102,6 +102,9 @@ def optimizers_of(case, module, dtype, **arguments):
 
 def alone(case):
     config, model = build(case)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1 + case.get("nudge", 0.0) * torch.randn_like(parameter).sign()
     model.loss_sum = functools.partial(model.loss, reduction="sum")
     losses = train(case, config, model, optimizers_of(case, model, model.compute_dtype), list(model.parameters()))
     return losses, {name: p.detach() for name, p in model.named_parameters()}

@@ -10,10 +10,11 @@ from tests.parallel.forked import Forks, main
 from tests.train.toy import Log, ToyData, ragged, toy_config, toy_model
 
 from warploom.checkpoint import list_checkpoints
+from warploom.ops.linear import PackedWeight
 from warploom.parallel import ParallelConfig, tree
 from warploom.parallel.apply import Parallelize
 from warploom.parallel.mesh import Mesh
-from warploom.train import matmul_rate, run_state
+from warploom.train import matmul_rate, run_state, trainer
 from warploom.train.config import RunConfig
 from warploom.train.trainer import Trainer
 
@@ -57,22 +58,23 @@ def uncheck():
     run_state._check_random_states = lambda path, state, parallel: []
 
 
+def packed_once(self, weight, dtype, fresh=PackedWeight.panels):
+    """What the first use packed, whatever has become of the weight."""
+    if self._panels is None:
+        self.first = fresh(self, weight, dtype).clone()
+    return self.first
+
+
 PLANTED = {
     None: lambda: None,
     "rank 1 forgets": lambda: (forget_on(1), uncheck()),
     "rank 1 forgets, checked": lambda: forget_on(1),
     "unbalanced": lambda: setattr(tree, "_middle", lambda start, stop: start + 1),
-    "ring": lambda: setattr(tree, "_sum_over", sum_in_a_ring),
+    "ring": lambda: setattr(tree, "_tree_sum", lambda parts: sum(parts[1:], parts[0])),
+    "packs at each use": lambda: setattr(trainer, "keep_packed", lambda model: {}),
+    "stale": lambda: setattr(PackedWeight, "panels", packed_once),
     "unseeded": lambda: setattr(tree.torch, "manual_seed", lambda seed: None),
 }
-
-
-def sum_in_a_ring(tensors, axis):
-    """The sum of all processes in the order of the ranks, which is not that of the tree."""
-    for tensor in tensors:
-        parts = [torch.empty_like(tensor) for _ in range(axis.size)]
-        torch.distributed.all_gather(parts, tensor.contiguous(), group=axis.group)
-        tensor.copy_(sum(parts[1:], parts[0]))
 
 
 matmul_rate.measure = lambda dtype, device: 1e9  # it takes longer than the runs, and nothing here reads it

@@ -38,6 +38,13 @@ QUICK = {
         "parallel": {"pipeline": 2, "tensor": 2, "schedule": "gpipe"},
         "model": {**TRANSLATOR, "position": "learned", **MARIAN},
     },
+    "tensor, float32": {
+        "parallel": {"tensor": 4},
+        "model": {"activation": "gelu_tanh", "output_bias": True},
+        "dtype": "float32",
+        "optimizer": "sgd",
+        "lr": 0.05,  # at 0.5 weights move away from where rounding takes them: test_rounding.py
+    },
     "data x context, float32": {
         "parallel": {"data": 2, "context": 2},
         "model": {"activation": "gelu_tanh"},
@@ -46,7 +53,22 @@ QUICK = {
     },
 }
 
-# Eight processes: products of two to four dimensions.
+# Four processes: what of "every dimension alone" is not above.
+ALONE = {
+    "context, packed documents": {"parallel": {"context": 4}, "packed": True, "optimizer": "muon"},
+    **{
+        f"translation, {name}": {"parallel": {name: 4}, "model": TRANSLATOR, "src_len": 11, "optimizer": optimizer}
+        for name, optimizer in (
+            ("data", "muon"),
+            ("shard", "adamw"),
+            ("tensor", "muon"),
+            ("context", "adamw"),
+            ("pipeline", "muon"),
+        )
+    },
+}
+
+# Eight processes: products of two and three dimensions.
 LONG = {
     "data x shard x tensor": {"parallel": {"data": 2, "shard": 2, "tensor": 2}, "optimizer": "muon", "batch_size": 6},
     "shard x context x tensor": {"parallel": {"shard": 2, "context": 2, "tensor": 2}, "packed": True},
@@ -90,6 +112,16 @@ LONG = {
         "dtype": "float32",
         "optimizer": "muon",
         "eps": 1e-4,
+    },
+}
+
+# Sixteen processes: products of four dimensions.
+WIDE = {
+    "data x shard x pipeline x tensor": {"parallel": {"data": 2, "shard": 2, "pipeline": 2, "tensor": 2}},
+    "translation, data x pipeline x context x tensor, interleaved": {
+        "parallel": {"data": 2, "pipeline": 2, "context": 2, "tensor": 2, "schedule": "interleaved"},
+        "model": {**TRANSLATOR, "position": "rotary"},
+        "batch_size": 6,
     },
 }
 
@@ -140,6 +172,17 @@ def test_parts_train_as_the_whole(name, quick):
 
 
 @pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run(ALONE, 4, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_dimensions_alone_train_as_the_whole(name, alone):
+    check(ALONE[name], alone[name])
+
+
+@pytest.fixture(scope="module")
 def long(tmp_path_factory):
     return run(LONG, 8, tmp_path_factory.mktemp("long"))
 
@@ -148,3 +191,14 @@ def long(tmp_path_factory):
 @pytest.mark.parametrize("name", LONG)
 def test_products_train_as_the_whole(name, long):
     check(LONG[name], long[name])
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return run(WIDE, 16, tmp_path_factory.mktemp("wide"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WIDE)
+def test_products_of_four_dimensions_train_as_the_whole(name, wide):
+    check(WIDE[name], wide[name])

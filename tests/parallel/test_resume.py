@@ -31,6 +31,11 @@ RUNS = {
     "elastic, unbalanced tree": [CHANGING, ELASTIC, "unbalanced"],
     "elastic, sums in a ring": [CHANGING, ELASTIC, "ring"],
     "elastic, dropout not seeded": [CHANGING, ELASTIC, "unseeded"],
+    **{
+        f"{layout}, {how}": [phases((2, 12), parallel=sizes), {"micro_batch_size": 2, "dtype": "bf16"}, planted]
+        for layout, sizes in (("two replicas", DATA), ("two parts of layers", {"tensor": 2}))
+        for how, planted in (("packed", None), ("packed at each use", "packs at each use"), ("packed once", "stale"))
+    },
     "two shards": [phases((2, 12), parallel={"shard": 2}), {"micro_batch_size": 4}],
     "two shards, stopped": [STOPPED_SHARDS, {"micro_batch_size": 4}],
     "two shards, one forgets": [STOPPED_SHARDS, {"micro_batch_size": 4}, "rank 1 forgets"],
@@ -42,6 +47,8 @@ RUNS = {
 QUICK = (
     "elastic",
     "elastic, 1 to 2 to 4 to 1",
+    "two replicas, packed",
+    "two replicas, packed at each use",
     "two shards",
     "two shards, stopped",
     "two shards, one forgets, checked",
@@ -110,6 +117,17 @@ def test_four_replicas_give_the_bits_of_one_process(long_ends):
 @pytest.mark.parametrize("bug", ["unbalanced tree", "sums in a ring", "dropout not seeded"])
 def test_planted_bugs_change_the_bits(long_ends, bug):
     assert not is_same(long_ends["elastic"], long_ends[f"elastic, {bug}"])
+
+
+def test_replicas_keep_their_weights_packed_with_the_same_bits(ends):
+    assert is_same(ends["two replicas, packed"], ends["two replicas, packed at each use"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["two replicas", "two parts of layers"])
+def test_what_they_keep_is_read_and_renewed(long_ends, layout):
+    assert is_same(long_ends[f"{layout}, packed"], long_ends[f"{layout}, packed at each use"])
+    assert not is_same(long_ends[f"{layout}, packed"], long_ends[f"{layout}, packed once"])
 
 
 def test_the_same_layout_goes_on_bit_for_bit(ends):

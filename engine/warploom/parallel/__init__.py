@@ -7,8 +7,11 @@ rows.py         a global batch cut into the micro batches of one process
 tensor.py       heads, features and vocabulary over processes, norms over the sequence
 context.py      the sequence over processes
 pipeline.py     the blocks over processes
-shard.py        replicas and shards of every weight (fully_shard), and which part of a weight lies here
+replicas.py     gradients of whole weights summed over replicas
+shard.py        shards of every weight, and their replicas (fully_shard), and which part of a weight lies here
+tree.py         gradients summed over replicas in one order for any number of them
 muon.py         Muon's orthogonalisation of matrices that lie in parts
+state.py        what each process writes into a checkpoint and reads from one
 heartbeat.py    what this process is doing, for its launcher
 watched.py      every collective as it begins: reported, and compared over the processes if wanted
 devices.py      the blocks over the devices of one process

@@ -19,6 +19,7 @@ from warploom.parallel.context import apply_context, take_context
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.muon import PartedMatrices
 from warploom.parallel.pipeline import Pipeline, sum_copies
+from warploom.parallel.replicas import Buckets, begin_all_reduce
 from warploom.parallel.rows import Inputs, micro_batches
 from warploom.parallel.shard import Part, apply_shard, part_at
 from warploom.parallel.state import Box, Ranks, State, all_json, own_share, take_up, wanted
@@ -38,7 +39,8 @@ class Parallelize:
 class ParallelModel:
     """What is on this process of a model that all processes built alike.
 
-    model is taken apart, and must not be used otherwise from here on. module: what is here of it.
+    model is taken apart, and must not be used otherwise from here on. module: what is here of it. keeps_weights:
+    whether its weights stay in memory between passes, where those that are sharded are gathered for each.
     micro_batch_size: rows of one forward pass. sums_gradients: without, replicas stay plain models, whose gradients
     someone else sums (tree.py).
     """
@@ -65,21 +67,29 @@ class ParallelModel:
             for each in models:
                 apply_context(each, axis["context"])
         # Sharding takes parameters as it finds them, so nothing may cut them afterwards.
-        if mesh.weights.size() > 1 and sums_gradients:
+        self.keeps_weights = axis["fsdp"].size == 1
+        if not self.keeps_weights:
             for part in parts:
-                apply_shard(part, mesh, reshard=axis["fsdp"].size > 1 and self._pipeline is None)
+                apply_shard(part, mesh, reshard=self._pipeline is None)
         self.module: nn.Module = model if self._pipeline is None else nn.ModuleList(parts)
         self.named = [pair for each in models for pair in each.named_parameters() if pair[1].requires_grad]
         self.names = frozenset(name for name, _ in self.named)
         # Along the tensor axis every process has the whole loss.
         self._counts_once = axis["tensor"].index == 0
         self.parameters = [parameter for _, parameter in self.named]
+        self._replicas = None
+        if sums_gradients and self.keeps_weights and axis["data"].size > 1:
+            self._replicas = Buckets(self.parameters, functools.partial(begin_all_reduce, axis=axis["data"]))
+            for parameter in self.parameters:
+                parameter.register_post_accumulate_grad_hook(self._replicas.arrived)
         self._partial = [parameter for name, parameter in self.named if name in self._tensor.partial]
         self._tied = self._copies_of_stages()
         self.matrices = PartedMatrices(mesh, {p: (self.shapes[n], self._tensor.slices.get(n)) for n, p in self.named})
 
     def loss_sum(self, tokens: Tensor, targets: Tensor, **inputs: Tensor) -> Tensor:
         """As Transformer.loss, of the rows that these processes take together."""
+        if self.keeps_weights and not self._tensor.slices:
+            return self._model.loss(tokens, targets, reduction="sum", **inputs)
         return self._model.loss_of(self._model(tokens, **inputs), targets, "sum")
 
     def accumulate(self, loss_sum: Callable[..., Tensor], batches: list[Inputs], num_targets: int) -> Tensor:
@@ -100,9 +110,13 @@ class ParallelModel:
                 heartbeat.report(part="forward")
                 micro_loss = loss_sum(**inputs) / num_targets
                 heartbeat.report(part="backward")
+                if self._replicas is not None and index == len(micro) - 1:
+                    self._replicas.start()
                 micro_loss.backward()
                 loss += micro_loss.detach()
         heartbeat.report(part="exchange")
+        if self._replicas is not None:
+            self._replicas.finish()
         self._sum_partial()
         sum_copies(self.named, self._tied, self.mesh.axis["pipeline"])
         return loss

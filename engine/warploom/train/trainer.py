@@ -260,7 +260,11 @@ class Trainer:
         self._module, self._parameters = parallel.module, parallel.parameters
         self._loss_sum, self._heldout_loss_sum = parallel.loss_sum, parallel.heldout_loss_sum
         self._optimizers = build_optimizers(
-            parallel.module, self.config.optimizer, muon_dtype=self._dtype, exchange=parallel.matrices
+            parallel.module,
+            self.config.optimizer,
+            muon_dtype=self._dtype,
+            packed=keep_packed(parallel.module) if parallel.keeps_weights else None,
+            exchange=parallel.matrices,
         )
 
     def _set_up_replicas(self, parallelize: Parallelize) -> None:
