@@ -15,6 +15,7 @@ def test_a_preset_on_named_hardware(capsys):
         "2T (297 per parameter)",
         "products + the causal half",
         "does not fit: weights 26.95, gradients 26.95, optimizer 53.91",
+        "host             1.26 GB more per process",
         "cheapest change after which it does: the layout data 8 x shard 8",
         "The fastest layouts that fit:",
         "device-hours",

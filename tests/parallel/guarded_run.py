@@ -1,5 +1,6 @@
-"""One process of the tests of what one process has to tell all: that a step is not finite, that a signal came. Start
-with torch.distributed.run; argv[1] is a folder for the runs and one result file per rank."""
+"""One process of the tests of what one process has to tell all: that a step is not finite or a spike, that it computed
+other bits than before, that a signal came. Start with torch.distributed.run; argv[1] is a folder for the runs and one
+result file per rank."""
 
 import json
 import os
@@ -12,40 +13,81 @@ import torch.distributed as dist
 import xxhash
 from tests.train.toy import Log, ToyData, counting, toy_config, toy_model
 
+from warploom.checkpoint import list_checkpoints
 from warploom.optim.parts import local_part
 from warploom.parallel.apply import Parallelize, ParallelModel
 from warploom.parallel.config import ParallelConfig
 from warploom.parallel.mesh import Mesh, processes
 from warploom.train import guard, trainer
+from warploom.train.corruption import CorruptionFound
 from warploom.train.trainer import Trainer
 
 LAYOUTS = {"data": {"data": 2}, "shard": {"shard": 2}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
+ELASTIC = {"data": 2}
+SPIKED = ("data", "pipeline")
 POISONED = (5, 9, 10, 11)
+SPIKES = (7, 9)
+CHECK_EVERY = 3
+FLIPPED = 6  # a step that is checked
 STEPS = 14
 
 
 class Poisoned(ParallelModel):
-    """Where a gradient is not finite on the last process alone, after all that is exchanged was exchanged."""
+    """Where a gradient is not finite on the last process alone, after all that is exchanged was exchanged; or much too
+    large on the first."""
 
     steps = 0
     poisoned: tuple[int, ...] = ()
+    spikes: tuple[int, ...] = ()
 
     def accumulate(self, *arguments):
         loss = super().accumulate(*arguments)
         self.steps += 1
+        grads = [local_part(p.grad) for p in self.parameters if p.grad is not None]
         if self.steps in self.poisoned and dist.get_rank() == dist.get_world_size() - 1:
             # The smallest: where the tensor axis cuts, one that it does not cut, whose norm is counted elsewhere.
-            grads = [local_part(p.grad) for p in self.parameters if p.grad is not None]
             min((grad for grad in grads if grad.numel()), key=torch.numel).view(-1)[-1] = float("inf")
+        if self.steps in self.spikes and dist.get_rank() == 0:
+            torch._foreach_mul_(grads, 1e4)
         return loss
 
 
 class Watched(Trainer):
+    """Keeps what each step did, and flips a bit on the last process if flips is set: of a "gradient" of step FLIPPED,
+    the first time it is computed, or of a "weight" before the step that comes before."""
+
+    flips = None
+    has_flipped = False
+
+    def _set_up(self):
+        super()._set_up()
+        for name, module in self._module.named_modules():
+            if name.endswith("stack.norm"):
+                module.register_forward_hook(self._flip_gradient)
+
+    def _flip_gradient(self, module, inputs, outputs):
+        is_here = self.progress.step == FLIPPED - 1 and dist.get_rank() == dist.get_world_size() - 1
+        if self.flips == "gradient" and is_here and not self.has_flipped:
+            self.has_flipped = True
+            outputs[0].register_hook(flipped)
+
     def _step(self):
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        if self.flips == "weight" and self.progress.step == FLIPPED - 2 and is_last:
+            self.has_flipped = True
+            weight = local_part(self._parameters[-1].data)
+            weight.copy_(flipped(weight))
         before = digest(self)
         super()._step()
         history = self.__dict__.setdefault("history", [])
         history.append([self.progress.step, self.progress.skipped_steps, before, digest(self)])
+
+
+def flipped(tensor):
+    """The same with one bit of its first number flipped: the largest of the mantissa."""
+    copy = tensor.clone()
+    copy.view(torch.int32).view(-1)[0] ^= 1 << 22
+    return copy
 
 
 def digest(trainer):
@@ -63,16 +105,17 @@ def digest(trainer):
     return found.hexdigest()
 
 
-def train(folder, sizes, poisoned):
+def train(folder, sizes, poisoned=(), spikes=(), flips=None, **settings):
     mesh = Mesh(ParallelConfig(**sizes).resolve(dist.get_world_size()), "cpu")
 
     class Parallelized(Parallelize):
-        def __call__(self, model, micro_batch_size):
-            parallel = Poisoned(model, self.mesh, micro_batch_size)
-            parallel.poisoned = poisoned
+        def __call__(self, model, micro_batch_size, **arguments):
+            parallel = Poisoned(model, self.mesh, micro_batch_size, **arguments)
+            parallel.poisoned, parallel.spikes = poisoned, spikes
             return parallel
 
-    config = toy_config(folder, steps=STEPS, save_every=4, eval_every=100, keep_best=0, model={"dropout": 0.0})
+    settings = {"steps": STEPS, "save_every": 4, "eval_every": 100, "keep_best": 0, **settings}
+    config = toy_config(folder, model={"dropout": 0.0}, **settings)
     log = Log()
     trainer = Watched(
         toy_model(config),
@@ -81,13 +124,19 @@ def train(folder, sizes, poisoned):
         monitor=log if dist.get_rank() == 0 else None,
         parallelize=Parallelized(mesh),
     )
-    result = trainer.fit()
+    trainer.flips = flips
+    try:
+        result = trainer.fit()
+    except CorruptionFound as error:
+        kept = [path.name for path in list_checkpoints(folder)]
+        return {"error": str(error), "flipped": trainer.has_flipped, "kept": kept}
     return {
         "history": trainer.history,
         "steps": result.steps,
         "skipped": result.skipped_steps,
         "rewinds": trainer.progress.rewinds,
         "records": [[r.step, r.num_sequences, r.position] for r in log.skips],
+        "why": [record.why for record in log.skips],
         "messages": log.messages,
     }
 
@@ -136,9 +185,18 @@ def main():
     torch.set_num_threads(1)
     with processes("cpu", timeout_s=120.0):
         results = {
-            name: {kind: train(folder / name / kind, sizes, steps) for kind, steps in RUNS.items()}
+            name: {
+                kind: train(folder / name / kind, sizes, **settings)
+                for kind, settings in RUNS.items()
+                if kind != "spiked" or name in SPIKED
+            }
             for name, sizes in LAYOUTS.items()
         }
+        results["elastic"] = {
+            kind: train(folder / "elastic" / kind, ELASTIC, deterministic="elastic", **RUNS[kind])
+            for kind in ("control", "flipped")
+        }
+        results["data"]["unlike"] = train(folder / "data" / "unlike", LAYOUTS["data"], **UNLIKE)
         results["signal"] = {
             f"{name}, {grace_s}": stop_in_a_step(folder / f"{name}-{grace_s}", LAYOUTS[name], grace_s)
             for name, grace_s in (("data", 0), ("shard", 0), ("tensor", 0), ("shard", 60))
@@ -147,7 +205,13 @@ def main():
         dist.barrier()
 
 
-RUNS = {"poisoned": POISONED, "control": ()}
+RUNS = {
+    "poisoned": {"poisoned": POISONED},
+    "spiked": {"spikes": SPIKES, "on_spike": "skip", "spike_window": 4, "steps": 10},
+    "flipped": {"flips": "gradient", "sdc_check_every": CHECK_EVERY},
+    "control": {"sdc_check_every": CHECK_EVERY, "on_spike": "skip", "spike_window": 4},
+}
+UNLIKE = {"flips": "weight", "sdc_check_every": CHECK_EVERY}
 
 if __name__ == "__main__":
     main()

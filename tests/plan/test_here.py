@@ -7,7 +7,7 @@ from tests.train.toy import ToyData, counting, toy_config, toy_model
 from warploom.errors import UserError
 from warploom.models.presets import preset
 from warploom.plan.here import depths, extrapolate, measure
-from warploom.plan.layout import Layout, Workload
+from warploom.plan.layout import Layout, Workload, checkpoint_copy_bytes
 from warploom.plan.published import RUNS, reckon
 from warploom.plan.run_error import run_error
 from warploom.train.monitor import Monitor
@@ -40,6 +40,16 @@ def test_a_finished_run_is_compared(tmp_path):
     assert "forecast and" in str(found) and "taken (" in str(found)
     with pytest.raises(UserError, match="holds no metrics.jsonl"):
         run_error(tmp_path / "elsewhere")
+
+
+def test_the_copy_for_saves_in_the_background_is_as_large_as_forecast(tmp_path):
+    config = toy_config(tmp_path, steps=2)
+    trainer = Trainer(toy_model(config), ToyData(counting), config)
+    trainer.fit()
+    workload = Workload(config.model, 1e6, 16, 8, torch.float32, config.optimizer)
+    forecast = checkpoint_copy_bytes(workload, Layout(micro_batch_size=4), "cpu")
+    assert forecast > 200_000
+    assert 0 <= trainer._saver._memory.numel() - forecast < 20_000  # random states, and gaps between tensors
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.preset)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tests.train.toy import Log, ToyBatch, ToyData, counting, ragged, reversing, toy_config, toy_model
+from tests.train.toy import Log, ToyBatch, ToyData, counting, fit_poisoned, ragged, reversing, toy_config, toy_model
 
 from warploom.checkpoint import FolderLock, list_checkpoints, load_checkpoint, save
 from warploom.data.shards import TokenDataset, tokenize_corpus
@@ -153,46 +153,6 @@ def test_an_encoder_decoder_learns_a_toy_translation(tmp_path):
     assert right > 0.6 and wrong < 0.3  # it reads the source
 
 
-class Poisoned(ToyData):
-    """A source token whose embedding is NaN stands in the batches at the given places, counted over micro batches."""
-
-    def __init__(self, places):
-        super().__init__(counting)
-        self.places = places
-
-    def train_batches(self, micro_batch_size):
-        stream = super().train_batches(micro_batch_size)
-        make_batch = stream.make_batch
-
-        def poisoned(size, generator):
-            batch = make_batch(size, generator)
-            if stream.position - 1 in self.places:
-                batch.source_lengths = torch.tensor(0)  # a mark for the model of this test
-            return batch
-
-        stream.make_batch = poisoned
-        return stream
-
-
-def fit_poisoned(config, steps, monitor=None):
-    """Train on batches of two micro batches; in those steps, counted from 1, the second one gives a NaN."""
-    model = toy_model(config)
-    true_loss, weights = model.loss, []
-
-    def loss(tokens, targets, reduction, source_lengths=None):
-        if model.training:
-            weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        value = true_loss(tokens, targets, reduction=reduction)
-        return value if source_lengths is None else value * math.nan
-
-    model.loss = loss
-    trainer = Trainer(model, Poisoned([2 * step - 1 for step in steps]), config, monitor=monitor)
-    try:
-        return trainer.fit(), weights[::2], trainer
-    except UserError as error:
-        return error, weights[::2], trainer
-
-
 def test_a_step_that_is_not_finite_is_skipped_counted_and_stops_the_schedule(tmp_path):
     log = Log()
     result, weights, trainer = fit_poisoned(toy_config(tmp_path, steps=8), [3, 4, 6], log)
@@ -211,7 +171,8 @@ def test_three_in_a_row_stop_the_run_and_name_the_last_checkpoint(tmp_path):
     log = Log()
     error, weights, _ = fit_poisoned(config, [6, 7, 8], log)
     assert isinstance(error, UserError)
-    assert "not finite in 3 steps in a row, the last of them 8" in str(error) and "step-00000006" in str(error)
+    assert "3 steps in a row were skipped, and the last of them, 8, was not finite" in str(error)
+    assert "step-00000006" in str(error)
     assert len(weights) == 8 and is_equal(weights[5], weights[7]) and log.is_closed
     assert is_equal(load_checkpoint(tmp_path / "step-00000006").weights, weights[5])
 

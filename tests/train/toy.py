@@ -1,13 +1,16 @@
 """Small models and data for the trainer's tests. The data follow a rule that a small model learns in some steps."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from warploom.errors import UserError
 from warploom.models.config import TransformerConfig
 from warploom.models.transformer import Transformer
 from warploom.train.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from warploom.train.trainer import Trainer
 
 VOCABULARY = 29
 
@@ -93,12 +96,53 @@ def toy_model(config, seed=0):
     return Transformer(config.model)
 
 
+class Poisoned(ToyData):
+    """The micro batches at the given places, counted from 0, are marked for the model of fit_poisoned."""
+
+    def __init__(self, places):
+        super().__init__(counting)
+        self.places = places
+
+    def train_batches(self, micro_batch_size):
+        stream = super().train_batches(micro_batch_size)
+        make_batch = stream.make_batch
+
+        def poisoned(size, generator):
+            batch = make_batch(size, generator)
+            if stream.position - 1 in self.places:
+                batch.source_lengths = torch.tensor(0)
+            return batch
+
+        stream.make_batch = poisoned
+        return stream
+
+
+def fit_poisoned(config, steps, monitor=None, factor=math.nan):
+    """Train on batches of two micro batches; in those steps, counted from 1, the loss of the second is multiplied by
+    the factor. Return the result or error, the weights before each step, and the trainer."""
+    model = toy_model(config)
+    true_loss, weights = model.loss, []
+
+    def loss(tokens, targets, reduction, source_lengths=None):
+        if model.training:
+            weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        value = true_loss(tokens, targets, reduction=reduction)
+        return value if source_lengths is None else value * factor
+
+    model.loss = loss
+    trainer = Trainer(model, Poisoned([2 * step - 1 for step in steps]), config, monitor=monitor)
+    try:
+        return trainer.fit(), weights[::2], trainer
+    except UserError as error:
+        return error, weights[::2], trainer
+
+
 class Log:
     """A monitor that keeps what it is told."""
 
     def __init__(self):
         self.steps, self.evaluations, self.messages, self.results, self.is_closed = [], [], [], [], False
-        self.skips = []
+        self.skips, self.spikes = [], []
 
     def start(self, info):
         self.info = info
@@ -106,8 +150,8 @@ class Log:
     def step(self, record):
         self.steps.append(record)
 
-    def skipped(self, record):
-        self.skips.append(record)
+    def odd_step(self, record):
+        (self.skips if record.skipped else self.spikes).append(record)
 
     def evaluation(self, record):
         self.evaluations.append(record)

@@ -17,7 +17,7 @@ from warploom.optim import OptimizerConfig
 from warploom.plan.forecast import TOKENS_PER_PARAMETER, Forecast, cheapest_change, fastest, forecast
 from warploom.plan.hardware import Hardware, device_named
 from warploom.plan.here import measure, this_device
-from warploom.plan.layout import RESERVED, Layout, Memory, Workload, memory, meta_model
+from warploom.plan.layout import RESERVED, Layout, Memory, Workload, checkpoint_copy_bytes, memory, meta_model
 from warploom.plan.run_error import run_error
 from warploom.plan.timing import flops_per_token
 from warploom.train.device import choose_device
@@ -134,6 +134,7 @@ class Command:
         device = hardware.device
         print(f"\nOn {hardware.count} x {device.name} ({device.memory_bytes / 1e9:.0f} GB each), {layout}:")
         show_memory(asked.memory, device.memory_bytes)
+        show_checkpoint_copy(workload, layout)
         show_time(asked)
         change = cheapest_change(workload, layout, hardware)
         if change is not None:
@@ -216,6 +217,11 @@ def show_memory(found: Memory, memory_bytes: float) -> None:
     print(f"memory           {found.total / 1e9:.2f} GB of {room / 1e9:.1f}, {verdict}: {parts}")
 
 
+def show_checkpoint_copy(workload: Workload, layout: Layout, device: str = "cuda") -> None:
+    copy = checkpoint_copy_bytes(workload, layout, device) / 1e9
+    print(f"host             {copy:.2f} GB more per process, from which checkpoints are written in the background")
+
+
 def show_time(one: Forecast) -> None:
     parts = [(part.name, getattr(one.time, part.name) / one.time.total) for part in dataclasses.fields(one.time)]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(parts, key=lambda p: -p[1]) if share >= 0.005)
@@ -236,5 +242,6 @@ def show_here(workload: Workload, layout: Layout, hardware: Hardware) -> None:
     total_s = found.total * workload.steps
     print(f"\nOn this machine ({device.type}), {layout}, timed on models one and two blocks deep:")
     show_memory(memory(workload, layout, device.type), hardware.device.memory_bytes)
+    show_checkpoint_copy(workload, layout, device.type)
     print(f"step             {found.total:.3g} s: passes {found.passes:.3g}, update {found.update:.3g}")
     print(f"run              {duration(total_s)}")

@@ -13,11 +13,14 @@ tree.py         gradients summed over replicas in one order for any number of th
 muon.py         Muon's orthogonalisation of matrices that lie in parts
 state.py        what each process writes into a checkpoint and reads from one
 heartbeat.py    what this process is doing, for its launcher
+fork_server.py  what the processes of a run are forked from
 watched.py      every collective as it begins: reported, and compared over the processes if wanted
+checksums.py    of what processes compute: which of them computed something else than before
 devices.py      the blocks over the devices of one process
 apply.py        all of it, in the one order that is right
 
-Only config.py and heartbeat.py are imported without torch.distributed: a run of one process pays nothing for the rest.
+Only config.py, heartbeat.py and fork_server.py are imported without torch.distributed: a run of one process pays
+nothing for the rest.
 """
 
 from warploom.parallel.config import ParallelConfig

@@ -15,6 +15,7 @@ from warploom.models.transformer import Transformer
 from warploom.ops import grad_norm
 from warploom.optim.parts import local_part
 from warploom.parallel import heartbeat
+from warploom.parallel.checksums import CrossCheck
 from warploom.parallel.context import apply_context, take_context
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.muon import PartedMatrices
@@ -179,6 +180,10 @@ class ParallelModel:
     def ranks(self) -> Ranks:
         """The processes as a checkpoint needs them. All must ask for it first at the same time."""
         return Ranks(self)
+
+    @functools.cached_property
+    def cross_check(self) -> CrossCheck:
+        return CrossCheck(self.mesh, all_json)
 
     def own_share(self, state: State) -> dict[str, tuple[torch.Size, Box]]:
         return own_share(self, state)

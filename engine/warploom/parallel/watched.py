@@ -45,7 +45,10 @@ _COLLECTIVES: dict[str, tuple[str, int | None]] = {
     "scatter": ("scatter", 0),
 }
 _POINT_TO_POINT = {"send": "send", "recv": "recv"}
+_FROM_ONE = ("barrier", "broadcast", "recv", "scatter")  # not everyone who calls puts something in
+_IN_PLACE = ("allreduce", "allreduce_coalesced", "reduce", "send")  # what is put in comes first, else the result does
 _LOOK_EVERY_S = 0.2
+Look = Callable[[str, dist.ProcessGroup, tuple[Any, ...], dict[str, Any]], None]
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -65,10 +68,31 @@ class Call:
 @contextmanager
 def watched(checks: CollectiveChecks | None = None) -> Iterator[None]:
     """Report every collective to the launcher, and have checks, if given, look at it before it begins."""
+
+    def look(name: str, group: dist.ProcessGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        what = _describe(name, args, kwargs)
+        heartbeat.report_collective(what)
+        if checks is None:
+            return
+        if name in _POINT_TO_POINT:
+            checks.message(group, Call(what, _caller()), int(args[1]), int(args[2]), sends=name == "send")
+        else:
+            splits = tuple(map(tuple, args[2:4])) if name in ("alltoall_base", "all_to_all_single") else ((), ())
+            checks.collective(group, Call(what, _caller(), sent=splits[1], received=splits[0]))
+
+    with looked_at(look):
+        yield
+
+
+@contextmanager
+def looked_at(look: Look) -> Iterator[None]:
+    """Call look(name of the method, group, arguments, named arguments) before each collective of this process begins,
+    for the length of a with block; blocks may lie in each other."""
     methods = [name for name in (*_COLLECTIVES, *_POINT_TO_POINT) if hasattr(dist.ProcessGroup, name)]
-    originals = {name: getattr(dist.ProcessGroup, name) for name in methods}
-    for name, original in originals.items():
-        setattr(dist.ProcessGroup, name, _looking(name, original, checks))
+    # As they lie in the class: what getattr gives of a compiled method is no method any more when it is put back.
+    originals = {name: vars(dist.ProcessGroup)[name] for name in methods}
+    for name in methods:
+        setattr(dist.ProcessGroup, name, _looking(name, getattr(dist.ProcessGroup, name), look))
     try:
         yield
     finally:
@@ -76,16 +100,22 @@ def watched(checks: CollectiveChecks | None = None) -> Iterator[None]:
             setattr(dist.ProcessGroup, name, original)
 
 
-def _looking(name: str, original: Callable[..., Any], checks: CollectiveChecks | None) -> Callable[..., Any]:
+def put_in(name: str, args: tuple[Any, ...]) -> list[Tensor]:
+    """Return the tensors that a process contributes by a call of this method, none where only one process does."""
+    return [] if name in _FROM_ONE else list(_flat(args[0 if name in _IN_PLACE else 1]))
+
+
+def _flat(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _flat(item)
+
+
+def _looking(name: str, original: Callable[..., Any], look: Look) -> Callable[..., Any]:
     def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-        what = _describe(name, args, kwargs)
-        heartbeat.report_collective(what)
-        if checks is not None:
-            if name in _POINT_TO_POINT:
-                checks.message(group, Call(what, _caller()), int(args[1]), int(args[2]), sends=name == "send")
-            else:
-                splits = tuple(map(tuple, args[2:4])) if name in ("alltoall_base", "all_to_all_single") else ((), ())
-                checks.collective(group, Call(what, _caller(), sent=splits[1], received=splits[0]))
+        look(name, group, args, kwargs)
         return original(group, *args, **kwargs)
 
     return call

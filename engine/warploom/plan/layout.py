@@ -124,6 +124,13 @@ def memory(workload: Workload, layout: Layout, device: str = "cuda") -> Memory:
     return Memory(weights / split, gradients, optimizer, found.activations_bytes / layout.tensor * in_flight, working)
 
 
+def checkpoint_copy_bytes(workload: Workload, layout: Layout, device: str = "cuda") -> float:
+    """Return the host memory that a process keeps for saving in the background: the weights and optimizer state that it
+    writes, of which replicas write a share each."""
+    found = _estimate(workload, layout, workload.model.num_layers, device)
+    return (found.weights_bytes + found.optimizer_bytes) / layout.devices
+
+
 def _of_one_device(found: Estimate) -> Memory:
     # At the peak of a single micro batch not all gradients are there yet: the rest has gone to what they wait for.
     fixed = found.weights_bytes + found.packed_bytes + found.optimizer_bytes + found.activations_bytes

@@ -68,11 +68,23 @@ class TrainConfig:
     """Checkpoints of the lowest held-out loss kept; 0 does not save when the held-out loss improves."""
     resume: str = "auto"
     """auto goes on from the newest good checkpoint in out_dir if there is one, never begins anew, or a checkpoint."""
+    spike_zscore: float = 20.0
+    """A loss or gradient norm so many standard deviations above the median of the last spike_window steps is a spike,
+    the standard deviation being 1.48 times the median absolute deviation, or 1% of the median if that is more; 0 looks
+    for none."""
+    spike_window: int = 128
+    """Steps with which a step is compared; before there are so many, nothing is a spike."""
+    on_spike: Literal["report", "skip"] = "report"
+    """report: say which step and data it was. skip: make no update from it as well."""
     max_nonfinite_steps: int = 3
-    """After so many steps in a row with a loss or gradient that was not finite, go back to the checkpoint before them
-    and leave out their data."""
+    """After so many steps in a row that were skipped, for a loss or gradient that was not finite or a spike, go back to
+    the checkpoint before them and leave out their data."""
     max_rewinds: int = 3
     """Go back so many times in a run, one checkpoint further each time, then stop; 0 stops at once."""
+    sdc_check_every: int = 0
+    """Of every n-th step the gradients are computed twice, which must give the same bits, and the weights of replicas
+    are compared: a processor or memory that errs without a word (silent data corruption) ends the run before that step
+    is made. It costs 1/n of the time; 0 never checks."""
     log_every: int = 1
     """Steps between records of the metrics."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -90,13 +102,13 @@ class TrainConfig:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give a number above 0")
         for name in (
             "seq_len", "global_batch_size", "eval_every", "save_every", "keep_last", "max_nonfinite_steps", "log_every",
-            "grad_checkpointing_every",
+            "grad_checkpointing_every", "spike_window",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give 1 or more")
         for name in (
             *("seed", "micro_batch_size", "grad_clip", "eval_tokens", "patience", "keep_best", "threads"),
-            *("memory_gb", "max_rewinds"),
+            *("memory_gb", "max_rewinds", "spike_zscore", "sdc_check_every"),
         ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give 0 or more")

@@ -60,20 +60,23 @@ class StepRecord:
     tokens_per_s: float
     mfu_measured: float  # achieved FLOP/s over RunInfo.matmul_flops
     memory_bytes: int
-    skipped: bool  # the loss or a gradient was not finite, so the weights did not move
+    skipped: bool  # not finite, or a spike that was to be skipped, so the weights did not move
     epoch: float  # passes over the training split so far
     tensors_peak_bytes: int = 0  # the most that tensors took at one time so far; 0 where nothing counts it
 
 
 @dataclass(frozen=True)
-class SkipRecord:
-    """One step whose loss or gradient was not finite, so that it can be looked at: which sequences it was made of."""
+class OddStep:
+    """One step whose loss or gradient was not finite or a spike, so that it can be looked at: which sequences it was
+    made of."""
 
     step: int
     loss: float
     grad_norm: float
     num_sequences: int
     position: Mapping[str, Any]  # the loader's state before the first of them
+    why: str  # "was not finite", or "was a spike: ..."
+    skipped: bool  # it changed nothing
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Monitor:
         self._step: StepRecord | None = None
         self._eval: EvalRecord | None = None
         self._drawn_at = -math.inf
+        self._odd_step = -1  # the last
 
     def start(self, info: RunInfo) -> None:
         """Open the outputs. What an earlier, longer run recorded after info.start_step is removed from them."""
@@ -157,12 +161,17 @@ class Monitor:
         self._record("step", record, ("loss", "lr", "grad_norm", "tokens_per_s", "mfu_measured", "memory_bytes"))
         self._show(_REDRAW_EVERY_S if self._live else self._line_every_s)
 
-    def skipped(self, record: SkipRecord) -> None:
-        self._record("skip", record, ())
+    def odd_step(self, record: OddStep) -> None:
+        self._record("skip" if record.skipped else "spike", record, ())
+        is_news = record.skipped or record.step != self._odd_step + 1  # a loss that stays high is said once
+        self._odd_step = record.step
+        if not is_news:
+            return
         where = ", ".join(f"{name} {value}" for name, value in record.position.items() if name in ("epoch", "index"))
         self.message(
-            f"Step {record.step:,} was not finite (loss {record.loss}, gradient norm {record.grad_norm}) and changed "
-            f"nothing: {record.num_sequences} sequences from {where or dict(record.position)} on."
+            f"Step {record.step:,} {record.why} (loss {record.loss:.6g}, gradient norm {record.grad_norm:.6g})"
+            f"{' and changed nothing' if record.skipped else ''}: {record.num_sequences} sequences from "
+            f"{where or dict(record.position)} on."
         )
 
     def evaluation(self, record: EvalRecord) -> None:
@@ -194,7 +203,7 @@ class Monitor:
             self._events.close()
         self._live = self._metrics = self._events = None
 
-    def _record(self, kind: str, record: StepRecord | SkipRecord | EvalRecord, scalars: tuple[str, ...]) -> None:
+    def _record(self, kind: str, record: StepRecord | OddStep | EvalRecord, scalars: tuple[str, ...]) -> None:
         assert self._metrics is not None and self._events is not None, "start() comes first"
         values = {"kind": kind, **dataclasses.asdict(record)}
         if not values.get("scores", True):
@@ -234,7 +243,7 @@ class Monitor:
             f"epoch {record.epoch:.2f}",
         ]
         if record.skipped:
-            rate.append("step skipped: not finite")
+            rate.append("step skipped")
         return quality, rate
 
     def _line(self) -> str:

@@ -57,6 +57,7 @@ _FIXED = (
 _FIXED_IN_TREE = ("train.micro_batch_size:",)  # the leaves of the sum of gradients
 # Runs of before there was a choice are of this kind.
 _DEFAULT_BEFORE = "train.deterministic: absent in the checkpoint, 'layout' now"
+_OLD_NAMES = {"nonfinite_in_a_row": "skipped_in_a_row"}
 _LENGTH = ("train.steps:", "train.epochs:")
 _OF_NO_CONSEQUENCE = (
     "train.out_dir:",
@@ -65,6 +66,7 @@ _OF_NO_CONSEQUENCE = (
     "train.sample_prompts:",
     "parallel:",
     "train.save_in_background:",
+    "train.sdc_check_every:",
 )
 
 
@@ -77,7 +79,7 @@ class Progress:
     step: int = 0  # global batches seen, skipped ones included
     tokens: int = 0
     skipped_steps: int = 0
-    nonfinite_in_a_row: int = 0
+    skipped_in_a_row: int = 0
     rewinds: int = 0  # returns to an earlier checkpoint after too many of those
     train_loss_sum: float = 0.0  # since the last evaluation
     train_loss_steps: int = 0
@@ -86,6 +88,7 @@ class Progress:
     best_step: int = 0
     evaluations_since_best: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)  # EvalRecords
+    recent: dict[str, list[float]] = field(default_factory=dict)  # what spikes are measured by, see spikes.py
 
 
 def capture(
@@ -224,7 +227,7 @@ def restore(
         restore_optimizer(optimizer, state.optimizer, values, named, prefix=f"{name}/")
         for group, options in zip(optimizer.param_groups, configured, strict=True):
             group.update(options)
-    progress = Progress(**state.meta["progress"])
+    progress = Progress(**{_OLD_NAMES.get(name, name): value for name, value in state.meta["progress"].items()})
     progress.micro_batch_size = config.train.micro_batch_size or progress.micro_batch_size
     if any(line.startswith(_LENGTH) for line in changed):
         progress.num_steps = planned_steps
@@ -266,25 +269,27 @@ def rewind(
     planned_steps: int,
     on_message: Callable[[str], None],
     parallel: ParallelModel | None = None,
+    *,
+    why: str,
 ) -> None:
-    """Take weights, optimizers and random states from a checkpoint before the last steps, which were not finite; the
-    data goes on after them. Each rewind of a run goes back one checkpoint more.
+    """Take weights, optimizers and random states from a checkpoint before the last steps, which were skipped; the data
+    goes on after them. Each rewind of a run goes back one checkpoint more. why: what the last of them was skipped for.
 
     Raises UserError if there is none, or after train.max_rewinds.
     """
-    train, bad = config.train, progress.nonfinite_in_a_row
+    train, bad = config.train, progress.skipped_in_a_row
     existing = list_checkpoints(train.out_dir)
     before = [path for path in existing if (step_of(path.name) or 0) <= progress.step - bad]
     if not before or progress.rewinds >= train.max_rewinds:
         raise UserError(
-            f"the loss or a gradient was not finite in {bad} steps in a row, the last of them {progress.step}, after "
+            f"{bad} steps in a row were skipped, and the last of them, {progress.step}, {why}, after "
             f"{progress.rewinds} returns to an earlier checkpoint; lower optimizer.lr (now {config.optimizer.lr:g}) or "
             f"look at the data, and go on from {existing[0] if existing else 'the start: there is no checkpoint yet'}"
         )
     path = before[min(progress.rewinds, len(before) - 1)]
     on_message(
-        f"{bad} steps in a row were not finite, the last of them {progress.step}: taking the weights of {path.name}, "
-        "and leaving out the batches since."
+        f"{bad} steps in a row were skipped, and the last of them, {progress.step}, {why}: taking the weights of "
+        f"{path.name}, and leaving out the batches since."
     )
     if parallel is None:
         state = load_checkpoint(path)
@@ -295,7 +300,7 @@ def rewind(
     then = restore(path, state, model, optimizers, config, planned_steps, lambda text: None, parallel)
     # The updates since then are undone, so the schedule goes back over them; steps count batches, and go on.
     progress.skipped_steps = progress.step - (then.step - then.skipped_steps)
-    progress.nonfinite_in_a_row = 0
+    progress.skipped_in_a_row = 0
     progress.rewinds += 1
     progress.train_loss_sum, progress.train_loss_steps = 0.0, 0
 

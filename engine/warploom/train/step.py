@@ -17,7 +17,7 @@ class StepOutcome(NamedTuple):
     loss: float  # mean over the targets of the global batch, nats
     grad_norm: float  # before clipping
     num_targets: int
-    skipped: bool  # loss or gradient not finite: weights, moments and update count are as before
+    skipped: bool  # not finite, or refused: weights, moments and update count are as before
 
 
 class ClippingOptimizer(Protocol):
@@ -61,12 +61,15 @@ def training_step(
     *,
     grad_clip: float,
     processes: Processes = ONE_PROCESS,
+    refuses: Callable[[float, float], bool] = lambda loss, grad_norm: False,
 ) -> StepOutcome:
     """Make one update from the mean loss over all targets of the micro batches, however they are split.
 
     loss_sum(tokens, targets, **inputs) returns the sum of the losses of one micro batch's targets, a scalar. A loss or
     gradient that is not finite makes no update; neither does a batch without targets, whose mean is 0 / 0.
-    With several processes micro_batches is the whole global batch on each, and each takes its share.
+    Nor is one made where refuses(loss, grad_norm), which is asked of what is finite.
+    With several processes micro_batches is the whole global batch on each, and each takes its share; refuses must
+    answer alike on all.
     """
     device = parameters[0].device
     num_targets = sum(map(num_losses, micro_batches))
@@ -76,7 +79,8 @@ def training_step(
     loss, norm = processes.totals(loss, parameters)
     # One read of both for the host: a step that is not finite must not reach the optimizers.
     loss_value, norm_value = torch.stack((loss, norm)).tolist()
-    skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
+    is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+    skipped = not is_finite or refuses(loss_value, norm_value)
     if not skipped:
         # Clipping is a factor on the gradients, which the optimizers take along: the gradients themselves stay.
         clip_factor = min(1.0, grad_clip / (norm_value + 1e-6)) if grad_clip else 1.0

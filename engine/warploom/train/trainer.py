@@ -43,6 +43,7 @@ from warploom.train.batch_size import find_micro_batch_size
 from warploom.train.batches import TokenData, TrainingData, inputs_to
 from warploom.train.budget import corrected_steps, is_correction_due
 from warploom.train.config import RunConfig
+from warploom.train.corruption import ComputedTwice
 from warploom.train.device import choose_device, choose_dtype, first_devices
 from warploom.train.diagnosis import diagnose
 from warploom.train.guard import LONG_STEP_S, StepAbandoned, StopSignals
@@ -50,14 +51,15 @@ from warploom.train.heldout import heldout_loss
 from warploom.train.monitor import (
     EvalRecord,
     Monitor,
+    OddStep,
     RunInfo,
-    SkipRecord,
     StepRecord,
     memory_bytes,
     tensors_peak_bytes,
 )
 from warploom.train.recompute import set_kept
 from warploom.train.run_state import Progress
+from warploom.train.spikes import SpikeWatch
 from warploom.train.step import ONE_PROCESS, Processes, StepOutcome, training_step
 
 if TYPE_CHECKING:
@@ -218,6 +220,7 @@ class Trainer:
             self._stream.load_state_dict(state.meta["loader"])
             self._run_id = state.run or run_state.run_id(self.config, self._stream)
         self._saved = (self.progress.step, self.progress.evaluated_step)
+        self._spikes = SpikeWatch(train, self.progress.recent)
         if self._device.type == "cpu":
             # After the search for the micro batch: it goes by how much memory the process takes from the system.
             keep_freed_memory()
@@ -376,6 +379,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
         position, random_states = self._stream.state_dict(), rng.capture()
+        self._spikes.found = None
         started = time.perf_counter()
         micro_batches = [next(self._stream) for _ in range(train.global_batch_size // self._rows_per_read)]
         try:
@@ -385,7 +389,8 @@ class Trainer:
                 self._parameters,
                 self._optimizers,
                 grad_clip=train.grad_clip,
-                processes=self._processes,
+                processes=self._processes_of_step(),
+                refuses=self._spikes.refuses,
             )
         except StepAbandoned:
             # As if it had not begun: what is saved now goes on with this very step.
@@ -401,9 +406,9 @@ class Trainer:
         progress.tokens += num_tokens
         if outcome.skipped:
             progress.skipped_steps += 1
-            progress.nonfinite_in_a_row += 1
+            progress.skipped_in_a_row += 1
         else:
-            progress.nonfinite_in_a_row = 0
+            progress.skipped_in_a_row = 0
             progress.train_loss_sum += outcome.loss
             progress.train_loss_steps += 1
         self._interval_s += step_s
@@ -411,15 +416,30 @@ class Trainer:
         self._interval_tokens += num_tokens
         if self._monitor is not None and (progress.step % train.log_every == 0 or outcome.skipped):
             self._record_step(self._monitor, outcome)
-        if outcome.skipped and self._monitor is not None:
-            self._monitor.skipped(
-                SkipRecord(progress.step, outcome.loss, outcome.grad_norm, train.global_batch_size, position)
-            )
-        if progress.nonfinite_in_a_row >= train.max_nonfinite_steps:
+        why = "was not finite" if self._spikes.found is None else f"was a spike: {self._spikes.found}"
+        if (outcome.skipped or self._spikes.found is not None) and self._monitor is not None:
+            numbers = outcome.loss, outcome.grad_norm, train.global_batch_size
+            self._monitor.odd_step(OddStep(progress.step, *numbers, position, why, outcome.skipped))
+        if progress.skipped_in_a_row >= train.max_nonfinite_steps:
             self._collect()
             run_state.rewind(
-                progress, self.model, self._optimizers, self.config, self._planned_steps, self._message, self._parallel
+                progress,
+                self.model,
+                self._optimizers,
+                self.config,
+                self._planned_steps,
+                self._message,
+                self._parallel,
+                why=why,
             )
+
+    def _processes_of_step(self) -> Processes:
+        train, step = self.config.train, self.progress.step + 1
+        if not train.sdc_check_every or step % train.sdc_check_every:
+            return self._processes
+        if self._parallel is not None:
+            return ComputedTwice(self._processes, self._parallel.named, step, self._parallel.cross_check)
+        return ComputedTwice(self._processes, [*self.model.named_parameters()], step)
 
     def _loss_sum_until_signal(self, **inputs: Tensor) -> Tensor:
         """The loss, unless a signal has been waiting for the end of the step for too long.
