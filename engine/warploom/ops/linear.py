@@ -113,7 +113,7 @@ class PackedWeight:
         if not _packs(dtype) or OP.choice(weight.device.type) != "cpu" or (OP.forced() or "cpu") != "cpu":
             return None
         panels = self._allocated(weight, dtype)
-        if weight._version != self._version or not torch.equal(self._watched, self._sample):
+        if weight._version != self._version or not self._sample_is_as_it_was():
             torch.ops.warploom_cpu.linear_pack(weight.detach(), dtype, panels)
             self.now_hold(weight)
         return panels
@@ -148,6 +148,9 @@ class PackedWeight:
             and self._dtype == dtype
             and self._address == weight.data_ptr()  # which `weight.data = other` changes
         )
+
+    def _sample_is_as_it_was(self) -> bool:
+        return self._watched is not None and self._sample is not None and torch.equal(self._watched, self._sample)
 
     def _begin(self, weight: Tensor, dtype: torch.dtype) -> None:
         self._of, self._dtype, self._address = weakref.ref(weight), dtype, weight.data_ptr()
