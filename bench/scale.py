@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
+import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -226,16 +227,30 @@ def _state_bytes(parallel: ParallelModel, optimizers: Any) -> int:
     return sum(tensor.nbytes for tensor in held)
 
 
+def _be(rank: int, n: int, port: int, path: Path, dimension: str, steps: int) -> None:
+    """Be one of n processes, and write what it finds."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with processes("cpu"):
+        path.write_text(json.dumps(work(dimension, steps)))
+
+
 def bench(dimension: str, n: int, steps: int) -> dict[str, Any]:
     """Start n processes, and return what they found together."""
-    with tempfile.TemporaryDirectory() as folder:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-        command = [sys.executable, *launch, "-m", "bench.scale", "--worker", folder]
-        command += ["--dimension", dimension, "--steps", str(steps)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            sys.exit(f"{dimension} on {n} processes ended with code {done.returncode}: {done.stderr[-2000:]}")
-        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(n)]
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        paths = [Path(folder) / f"{rank}.json" for rank in range(n)]
+        # Forks of this one, which has imported everything and has no threads: a start is a tenth of a second.
+        fork = multiprocessing.get_context("fork").Process
+        children = [fork(target=_be, args=(rank, n, port, path, dimension, steps)) for rank, path in enumerate(paths)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        if any(child.exitcode for child in children):
+            sys.exit(f"{dimension} on {n} processes failed")
+        found = [json.loads(path.read_text()) for path in paths]
     return {
         "dimension": dimension,
         "processes": n,
@@ -258,20 +273,13 @@ class Options:
     """Steps that are timed."""
     json: Path | None = None
     """Write the records here too."""
-    worker: Path | None = None
-    """Internal: be one of the processes, and write what it finds into this folder."""
 
 
 def main(options: Options) -> None:
     unknown = [name for name in options.dimension if name not in DIMENSIONS]
     if unknown:
         raise UserError(f"dimension is {unknown[0]!r}; known: {', '.join(LEAST)}")
-    if options.worker is not None:
-        torch.set_num_threads(1)
-        with processes("cpu"):
-            found = work(options.dimension[0], options.steps)
-            (options.worker / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-        return
+    torch.set_num_threads(1)
     print_fingerprint()
     alone = {**bench("data", 1, options.steps), "dimension": "one process"}
     records = [alone]
