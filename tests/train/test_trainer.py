@@ -12,6 +12,7 @@ from warploom.checkpoint import FolderLock, list_checkpoints, load_checkpoint, s
 from warploom.data.shards import TokenDataset, tokenize_corpus
 from warploom.errors import UserError
 from warploom.optim import lr_multiplier
+from warploom.train.budget import Deadline
 from warploom.train.trainer import Trainer
 
 
@@ -309,7 +310,8 @@ def test_a_deadline_moves_the_end_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("warploom.train.trainer.time.monotonic", lambda: next(clock))
     log = Log()
     log.set_steps = lambda steps: log.messages.append(steps)
-    result, trainer = fit(toy_config(tmp_path, steps=1000), monitor=log, deadline=20.0)
+    deadline = Deadline(at=25.0, budget_s=25.0, reserve_s=5.0, step_s=0.5)
+    result, trainer = fit(toy_config(tmp_path, steps=1000), monitor=log, deadline=deadline)
     assert 36 <= result.steps <= 40 and result.steps == log.messages[-1] and trainer.progress.num_steps == result.steps
     assert load_checkpoint(result.checkpoint).step == result.steps
 

@@ -70,8 +70,13 @@ _RESERVE, _RESERVE_S = 0.02, 3.0
 _LEAST_TRAIN_S = 5.0
 
 # Moments, as shares of the run, at which the number of steps is set anew from the pace since the one before. The first
-# comes early, when the schedule is still flat; the last bounds what a late change of pace can do.
+# comes early, when the schedule is still flat; the last bounds what a late change of pace can do. Where the machine has
+# become so slow that none of them comes for this share of the time, it is done then.
 _CORRECTIONS = (0.05, 0.25, 0.5, 0.75, 0.9)
+_LONGEST_UNCORRECTED = 0.1
+
+# Of the budget: what is kept back at most for what follows the last step, however slow the machine has become.
+_LARGEST_RESERVE = 0.25
 
 
 def vocab_size(corpus_bytes: int) -> int:
@@ -148,6 +153,7 @@ class BudgetPlan:
     steps: int
     eval_every: int
     eval_tokens: int
+    step_s: float  # as timed
     reserve_s: float  # for what follows the last step: evaluation, checkpoint, samples, report
     candidates: tuple[Candidate, ...]  # the sizes that were timed, smallest first
     explanation: tuple[str, ...]
@@ -192,10 +198,30 @@ def plan(left_s: float, corpus: Corpus, machine: Machine, step_timer: StepTimer)
         steps=chosen.steps,
         eval_every=-(-chosen.steps // evaluations),
         eval_tokens=eval_tokens,
+        step_s=chosen.step_s,
         reserve_s=left_s - train_s + last_evaluation_s,
         candidates=candidates,
         explanation=tuple(_explain(chosen, candidates, train_s, corpus, machine, dtype)),
     )
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a run of a time budget is over."""
+
+    at: float
+    """All of it, report included: a moment of time.monotonic()."""
+    budget_s: float
+    """From the beginning until then."""
+    reserve_s: float
+    """What follows the last step takes so long where a step takes step_s."""
+    step_s: float
+
+    def of_steps(self, pace_s: float) -> float:
+        """When the last step is to be done, on a machine that takes pace_s per step now: what follows slows down with
+        the steps."""
+        reserve_s = self.reserve_s * max(1.0, pace_s / self.step_s)
+        return self.at - min(reserve_s, max(self.reserve_s, _LARGEST_RESERVE * self.budget_s))
 
 
 def corrected_steps(step: int, pace_s: float, left_s: float) -> int:
@@ -203,9 +229,10 @@ def corrected_steps(step: int, pace_s: float, left_s: float) -> int:
     return step + max(0, int(left_s / pace_s))
 
 
-def is_correction_due(step: int, steps: int) -> bool:
-    """Whether the number of steps, now `steps`, is to be set anew after `step`."""
-    return any(step == math.ceil(share * steps) for share in _CORRECTIONS)
+def is_correction_due(step: int, steps: int, uncorrected: float) -> bool:
+    """Whether the number of steps, now `steps`, is to be set anew after `step`. uncorrected: share of the budget that
+    has passed since it was set."""
+    return uncorrected >= _LONGEST_UNCORRECTED or any(step == math.ceil(share * steps) for share in _CORRECTIONS)
 
 
 def expected_loss(num_hidden: int, tokens: float, unique_tokens: int) -> float:

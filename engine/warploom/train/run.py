@@ -24,7 +24,7 @@ from warploom.generate.sampler import generate
 from warploom.models.config import TransformerConfig
 from warploom.models.transformer import Transformer
 from warploom.ops import _extension
-from warploom.train.budget import BudgetPlan, vocab_size
+from warploom.train.budget import BudgetPlan, Deadline, vocab_size
 from warploom.train.config import RunConfig
 from warploom.train.device import choose_device
 from warploom.train.load_model import load_model
@@ -153,7 +153,9 @@ def train_on_text(
         for sentence in plan.explanation:
             console.print(f"Plan: {sentence}", highlight=False)
     config = _with_vocabulary(config, dataset, console)
-    deadline = None if plan is None or budget_s is None else started + budget_s - plan.reserve_s
+    deadline = None
+    if plan is not None and budget_s is not None:
+        deadline = Deadline(started + budget_s, budget_s, plan.reserve_s, plan.step_s)
 
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model)

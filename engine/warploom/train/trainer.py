@@ -41,7 +41,7 @@ from warploom.train import matmul_rate, run_state
 from warploom.train.allocator import keep_freed_memory
 from warploom.train.batch_size import find_micro_batch_size
 from warploom.train.batches import TokenData, TrainingData, inputs_to
-from warploom.train.budget import corrected_steps, is_correction_due
+from warploom.train.budget import Deadline, corrected_steps, is_correction_due
 from warploom.train.config import RunConfig
 from warploom.train.corruption import ComputedTwice
 from warploom.train.device import choose_device, choose_dtype, first_devices
@@ -92,8 +92,8 @@ class Trainer:
 
     data is a TokenDataset or any TrainingData. The tokenizer, by default the data set's, goes into the checkpoints.
     Without a monitor the run is silent. The run folder is config.train.out_dir; only one trainer at a time can work in
-    it. With a deadline, a moment of time.monotonic(), the number of steps is corrected to the pace of the run, so that
-    the last step, with the evaluations and checkpoints before it, is done by then. loss_sum takes the place of
+    it. With a deadline the number of steps is corrected to the pace of the run, so that the last step, with the
+    evaluations and checkpoints before it, leaves time for what follows. loss_sum takes the place of
     model.loss (see training_step). extras, JSON values, go into the meta of every checkpoint. benchmark is given the
     model, in evaluation mode, after each held-out loss; what it returns is recorded beside it.
 
@@ -109,7 +109,7 @@ class Trainer:
         *,
         tokenizer: Tokenizer | None = None,
         monitor: Monitor | None = None,
-        deadline: float | None = None,
+        deadline: Deadline | None = None,
         parallelize: Parallelize | None = None,
         loss_sum: Callable[..., Tensor] | None = None,
         extras: Mapping[str, Any] | None = None,
@@ -328,6 +328,7 @@ class Trainer:
         train, progress = self.config.train, self.progress
         self._interval_s, self._interval_steps, self._interval_tokens = 0.0, 0, 0
         self._paced_since = (time.monotonic(), progress.step)
+        self._pace_s = 0.0 if self._deadline is None else self._deadline.step_s
         self._loop_started = time.perf_counter()
         heartbeat.report(step=progress.step)
         while True:
@@ -358,14 +359,18 @@ class Trainer:
         heartbeat.report(phase if phase in self._begun else f"first {phase}")
         self._begun.add(phase)
 
-    def _keep_to(self, deadline: float) -> None:
-        """Move the end of the run to where the pace since the last correction, pauses included, will be at deadline."""
+    def _keep_to(self, deadline: Deadline) -> None:
+        """Move the end of the run to where the pace since the last correction, pauses included, will be in time."""
         progress, now = self.progress, time.monotonic()
-        if now >= deadline:
+        since, first = self._paced_since
+        if now >= deadline.of_steps(self._pace_s):
             progress.num_steps = progress.step
-        elif is_correction_due(progress.step, progress.num_steps):
-            pace_s = (now - self._paced_since[0]) / (progress.step - self._paced_since[1])
-            progress.num_steps = corrected_steps(progress.step, pace_s, deadline - now)
+        elif progress.step > first and is_correction_due(
+            progress.step, progress.num_steps, (now - since) / deadline.budget_s
+        ):
+            self._pace_s = (now - since) / (progress.step - first)
+            left_s = deadline.of_steps(self._pace_s) - now
+            progress.num_steps = corrected_steps(progress.step, self._pace_s, left_s)
             self._paced_since = (now, progress.step)
         if self._monitor is not None:
             self._monitor.set_steps(progress.num_steps)
