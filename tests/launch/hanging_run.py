@@ -3,7 +3,6 @@ holds the interpreter in a C call, the third is well. `hanging_run.py launch EVE
 
 import ctypes
 import faulthandler
-import json
 import os
 import signal
 import sys
@@ -32,8 +31,7 @@ def hold_the_interpreter():
 HANGS = [(1, wait_for_a_lock_of_its_own), (0, hold_the_interpreter), (None, None)]
 
 
-def step_and_exchange():
-    orders = json.loads(sys.stdin.readline())
+def step_and_exchange(orders):
     os.environ.update(orders["environment"])
     faulthandler.register(signal.SIGUSR1)
     path, num_slots, slot = orders["heartbeat"]
@@ -45,10 +43,10 @@ def step_and_exchange():
                 hang()
             dist.all_reduce(torch.zeros(5))
             time.sleep(0.01)
+    return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["launch"]:
         config = LaunchConfig(nproc=2, max_restarts=2, events=Path(sys.argv[2]))
-        sys.exit(launch(config, ["step"], [sys.executable, __file__]))
-    step_and_exchange()
+        sys.exit(launch(config, ["step"], step_and_exchange))

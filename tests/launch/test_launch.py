@@ -119,7 +119,7 @@ def test_torchrun_ends_the_run_with_the_same_bits(struck, stopped):
 
 def test_what_a_person_must_mend_is_said_once_and_not_tried_again(tmp_path, tokens):
     words = [*arguments(tokens, tmp_path / "run"), "--parallel.tensor", "3"]
-    with FaultyRun(tmp_path, ["--nproc", "2", "--no-spares"], words) as run:
+    with FaultyRun(tmp_path, ["--nproc", "2"], words) as run:
         list(run.follow(120))
     assert run.process.returncode == 2 and run.log.count("parallel tensor 3 = 3 does not divide the 2 processes") == 1
     assert len(run.of("start")) == 1
@@ -194,8 +194,8 @@ def test_processes_whose_launcher_is_killed_save_and_go(tmp_path, tokens):
     )
     with FaultyRun(tmp_path, ["--nproc", "2"], words) as run:
         next(event for event in run.follow(300) if event["event"] == "stepping")
-        children = psutil.Process(run.process.pid).children()
-        assert set(run.pids) < {child.pid for child in children}  # and the spares
+        children = psutil.Process(run.process.pid).children(recursive=True)
+        assert set(run.pids) < {child.pid for child in children}  # and what they are forked from
         run.process.kill()
         run.process.wait()
         until = time.monotonic() + 200

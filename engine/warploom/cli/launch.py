@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from warploom.cli import standby
 from warploom.errors import UserError
 from warploom.launch import LaunchConfig, launch
 
@@ -23,4 +23,5 @@ class Command(LaunchConfig):
     def run(self) -> int:
         if not self.verb:
             raise UserError("there is no verb to run; give it after --, as in: warploom launch --nproc 4 -- train ...")
-        return launch(self, self.verb, [sys.executable, "-m", "warploom.cli.standby"])
+        standby.prepare()
+        return launch(self, self.verb, standby.run)

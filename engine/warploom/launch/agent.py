@@ -158,7 +158,7 @@ class Agent(SimpleElasticAgent):
         return RunResult(state=WorkerState.FAILED if finding.kind == "dead" else WorkerState.UNHEALTHY)
 
     def _look_for_steps(self, step: int | None) -> None:
-        """Note when the run has set up, and when it has done a step since; then it is time for spares."""
+        """Note when the run has set up, and when it has done a step since."""
         if step is None or self._is_stepping:
             return
         if self._first_step is None:
@@ -167,7 +167,6 @@ class Agent(SimpleElasticAgent):
         if step > self._first_step:
             self._is_stepping = True
             self._note("stepping", step=step)
-            self._processes.prepare()
 
 
 def _ended(worker_group: WorkerGroup) -> RunResult:

@@ -1,89 +1,103 @@
-"""The processes of a run on one machine, and the spares that take their place.
-
-A process is started with nothing to do, imports what any run needs, and waits on its standard input for a line that
-says what it is. So a restart does not wait for imports, which take longer than all the rest of it.
-"""
+"""The processes of a run on one machine: forks of a server that has imported everything (parallel/fork_server.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import select
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
+from warploom.parallel import fork_server
+
+_END_WITHIN_S = 30.0
+
 
 class Processes:
-    """num_processes at a time of a command that waits for a JSON line {"environment": ..., "heartbeat": ...}.
+    """Starts, signals and ends a set of processes at a time, each of which is run(its orders). Make it before there are
+    threads."""
 
-    command: what to start, the same for all. num_spares: how many wait for the next start, once prepare was called.
-    """
-
-    def __init__(self, command: Sequence[str], num_spares: int) -> None:
-        self._command, self._num_spares = list(command), num_spares
-        self._spares: list[subprocess.Popen[bytes]] = []
-        self._running: list[subprocess.Popen[bytes]] = []
-
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid for process in self._running]
+    def __init__(self, run: fork_server.Run) -> None:
+        self._run = run
+        self._codes: dict[int, int] = {}
+        self.pids: list[int] = []
+        self._start_server()
 
     def start(self, orders: Sequence[Mapping[str, object]]) -> None:
-        """Give each order to a process, a spare if one is left."""
-        assert not self._running
-        waiting = [spare for spare in self._spares if spare.poll() is None]
-        self._spares = waiting[len(orders) :]
-        self._running = waiting[: len(orders)] + [self._new() for _ in orders[len(waiting) :]]
-        for process, order in zip(self._running, orders, strict=True):
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps(order).encode() + b"\n")
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # it is dead already, and its exit code says so
-
-    def prepare(self) -> None:
-        """Start the spares that are missing. They must not take the time of a run that is only starting."""
-        self._spares = [spare for spare in self._spares if spare.poll() is None]
-        self._spares += [self._new() for _ in range(self._num_spares - len(self._spares))]
+        """Give each of the orders to a process of its own."""
+        assert len(self._codes) == len(self.pids)
+        if self._has_lost_server():
+            self._start_server()
+        self.pids, self._codes = [], {}
+        lines = b"".join(json.dumps(order).encode() + b"\n" for order in orders)
+        with contextlib.suppress(BrokenPipeError):  # then the server has ended, which its reports say
+            while lines:
+                lines = lines[os.write(self._orders, lines) :]
+        while len(self.pids) < len(orders) and self._read(None):
+            pass
+        self.pids += [self._server] * (len(orders) - len(self.pids))
 
     def exit_codes(self) -> dict[int, int]:
         """Return those of the processes that have ended, by their place; negative for a signal."""
-        codes = {place: process.poll() for place, process in enumerate(self._running)}
-        return {place: code for place, code in codes.items() if code is not None}
+        while self._read(0.0):
+            pass
+        if self._has_lost_server():
+            # Nobody knows how its forks end; they see that it is gone, and end as well.
+            return {place: self._codes.get(place, 1) for place in range(len(self.pids))}
+        return dict(self._codes)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to all that run."""
-        for process in self._running:
-            if process.poll() is None:
-                process.send_signal(number)
+        while self._read(0.0):
+            pass
+        for place, pid in enumerate(self.pids):
+            if place not in self._codes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until all have ended, or for so long."""
         until = time.monotonic() + timeout_s
-        while len(self.exit_codes()) < len(self._running) and time.monotonic() < until:
-            time.sleep(0.02)
+        while len(self.exit_codes()) < len(self.pids) and time.monotonic() < until:
+            self._read(0.1)
 
     def kill(self) -> None:
         """End all that run at once, frozen ones too, and wait for their end."""
-        self._end(self._running)
-        self._running = []
+        self.signal(signal.SIGKILL)
+        self.wait(_END_WITHIN_S)
+        self.pids, self._codes = [], {}
 
     def close(self) -> None:
-        """End spares as well."""
+        """End the server as well."""
         self.kill()
-        self._end(self._spares)
-        self._spares = []
+        os.close(self._orders)
+        if not self._has_lost_server():
+            os.close(self._reports)
+            os.waitpid(self._server, 0)
 
-    def _new(self) -> subprocess.Popen[bytes]:
-        # In a session of its own: a Ctrl-C at the terminal reaches the launcher alone, which passes it on once.
-        return subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
+    def _start_server(self) -> None:
+        self._server, self._orders, self._reports = fork_server.start(self._run)
+        self._received = b""
 
-    @staticmethod
-    def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+    def _has_lost_server(self) -> bool:
+        return self._reports < 0
+
+    def _read(self, timeout_s: float | None) -> bool:
+        """Take up what the server reports within the time (None: however long it takes); return whether it did."""
+        if self._has_lost_server() or not select.select([self._reports], [], [], timeout_s)[0]:
+            return False
+        data = os.read(self._reports, 1 << 16)
+        if not data:
+            os.close(self._reports)
+            self._reports = -1
+            os.waitpid(self._server, 0)
+            return False
+        *lines, self._received = (self._received + data).split(b"\n")
+        for report in map(json.loads, lines):
+            if "code" not in report:
+                self.pids.append(report["pid"])
+            elif report["pid"] in self.pids:
+                self._codes[self.pids.index(report["pid"])] = report["code"]
+        return True

@@ -22,6 +22,7 @@ from warploom.errors import UserError
 from warploom.launch.agent import POLL_EVERY_S, Agent, Note
 from warploom.launch.processes import Processes
 from warploom.launch.watch import WatchConfig
+from warploom.parallel.fork_server import Run
 from warploom.parallel.heartbeat import HeartbeatFile
 
 
@@ -33,9 +34,6 @@ class LaunchConfig:
     """Processes on this machine."""
     max_restarts: int = 3
     """Start all processes again, from the last checkpoint, so many times after one died, froze or got stuck."""
-    spares: bool = True
-    """Keep as many processes more that have imported everything, so that a restart takes seconds less; each takes
-    some 200 MB of memory."""
     nnodes: int = 1
     """Machines; each runs this command with the same nnodes, rendezvous and run_id."""
     rendezvous: str = "localhost:0"
@@ -56,12 +54,13 @@ class LaunchConfig:
             )
 
 
-def launch(config: LaunchConfig, arguments: Sequence[str], command: Sequence[str]) -> int:
-    """Run arguments, a verb of warploom and its flags, in config.nproc processes made by command. Return the exit code:
-    that of the verb, 128 + signal if one stopped the run, 1 if no restart was left.
+def launch(config: LaunchConfig, arguments: Sequence[str], run: Run) -> int:
+    """Run arguments, a verb of warploom and its flags, in config.nproc processes, each of which ends with run(its
+    orders). Return the exit code: that of the verb, 128 + signal if one stopped the run, 1 if no restart was left.
 
-    command starts a process that waits for its orders (see Processes). Call from the main thread.
+    Call from the main thread, before there are others, and with everything imported that run needs.
     """
+    processes = Processes(run)
     handler = get_rendezvous_handler(
         RendezvousParameters(
             backend="c10d",
@@ -75,11 +74,10 @@ def launch(config: LaunchConfig, arguments: Sequence[str], command: Sequence[str
         role="warploom",
         local_world_size=config.nproc,
         rdzv_handler=handler,
-        entrypoint=command[0],
+        entrypoint=sys.executable,
         max_restarts=config.max_restarts,
         monitor_interval=POLL_EVERY_S,
     )
-    processes = Processes(command, config.nproc if config.spares and config.max_restarts else 0)
     with ExitStack() as stack:
         stack.callback(processes.close)
         stack.callback(handler.shutdown)
