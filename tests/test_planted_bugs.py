@@ -30,6 +30,18 @@ LONG = {
         *("engine/warploom/parallel/apply.py", " + rest,", ","),
         "tests/parallel/test_guard.py::test_all_processes_skip_the_step_and_no_bit_changes",
     ),
+    "a spike is found and its update made all the same": (
+        *("engine/warploom/train/step.py", "not is_finite or refuses(loss_value, norm_value)", "not is_finite"),
+        "tests/train/test_spikes.py::test_a_spike_that_is_to_be_skipped_changes_no_bit_and_its_data_are_recorded",
+    ),
+    "gradients computed twice are compared with themselves": (
+        *("engine/warploom/train/corruption.py", "first_grads, grads, strict", "grads, grads, strict"),
+        "tests/train/test_corruption.py::test_every_flipped_bit_is_found_in_either_pass_and_named",
+    ),
+    "a rank that received a wrong number is named like the one that made it": (
+        *("engine/warploom/parallel/checksums.py", "if place == min(places)", "if place is not None"),
+        "tests/parallel/test_guard.py::test_a_bit_that_flips_in_one_process_ends_the_run_of_all_and_names_it",
+    ),
     "processes meet in the store of those before them": (
         *("engine/warploom/parallel/mesh.py", "{restart}/{next(_joins)}", "{restart}"),
         "tests/parallel/test_checked.py",

@@ -13,8 +13,9 @@ from warploom.ops import backend
 from warploom.patch import patch, unpatch
 from warploom.train.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from warploom.train.load_model import LoadedModel, load_model
+from warploom.train.result import TrainResult
 from warploom.train.run import TextConfig, train_on_text
-from warploom.train.trainer import Trainer, TrainResult
+from warploom.train.trainer import Trainer
 
 __all__ = [
     "LoadedModel",

@@ -41,8 +41,9 @@ from warploom.train.heldout import HeldoutLoss, heldout_loss
 from warploom.train.load_model import ADAPTER, CHAT_TEMPLATE, LoadedModel, base_record, load_model
 from warploom.train.monitor import Monitor
 from warploom.train.report import Sample, write_report
+from warploom.train.result import TrainResult
 from warploom.train.run import machine
-from warploom.train.trainer import Trainer, TrainResult
+from warploom.train.trainer import Trainer
 
 TUNE = "finetune"  # entry of a checkpoint's meta: the FinetuneConfig
 _BEFORE_FILE = "before.json"

@@ -1,7 +1,9 @@
 """Training: the one layer that composes model, data, optimizers and checkpoints.
 
 step.py          the training step
-trainer.py       Trainer: everything around the step
+trainer.py       Trainer: everything around the step; result.py: how a run ended
+spikes.py        which loss or gradient norm is a spike
+corruption.py    steps computed twice, against silent corruption
 run_state.py     the state of a run, into a checkpoint and back
 config.py        RunConfig: model, train, optimizer, schedule
 batches.py       what the trainer asks of data

@@ -27,7 +27,7 @@ from tensorboardX import SummaryWriter
 from warploom.ops import _extension
 
 if TYPE_CHECKING:
-    from warploom.train.trainer import TrainResult
+    from warploom.train.result import TrainResult
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

@@ -17,7 +17,7 @@ from warploom.train.chart import Point, Series, line_chart
 from warploom.train.monitor import METRICS_FILE, format_duration
 
 if TYPE_CHECKING:
-    from warploom.train.trainer import TrainResult
+    from warploom.train.result import TrainResult
 
 REPORT_FILE = "report.html"
 # A sample may hold any character; HTML allows no control characters, so they are shown as their Unicode pictures.

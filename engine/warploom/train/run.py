@@ -31,7 +31,8 @@ from warploom.train.load_model import load_model
 from warploom.train.monitor import Monitor
 from warploom.train.probe import plan_on_this_machine
 from warploom.train.report import Sample, write_report
-from warploom.train.trainer import Trainer, TrainResult
+from warploom.train.result import TrainResult
+from warploom.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from warploom.parallel.apply import Parallelize

@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, Any
@@ -58,33 +57,13 @@ from warploom.train.monitor import (
     tensors_peak_bytes,
 )
 from warploom.train.recompute import set_kept
+from warploom.train.result import TrainResult
 from warploom.train.run_state import Progress
 from warploom.train.spikes import SpikeWatch
 from warploom.train.step import ONE_PROCESS, Processes, StepOutcome, training_step
 
 if TYPE_CHECKING:
     from warploom.parallel.apply import Parallelize, ParallelModel
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended."""
-
-    steps: int
-    tokens: int
-    skipped_steps: int
-    heldout_loss: float
-    """Of the last evaluation, nats per token; nan if there was none."""
-    bits_per_byte: float
-    best_heldout_loss: float
-    stopped_because: str
-    stop_signal: int | None
-    """SIGINT or SIGTERM if one ended the run."""
-    checkpoint: Path | None
-    """The last one, of the weights the model has now; None if a signal came before the first step."""
-    best_checkpoint: Path | None
-    warnings: tuple[str, ...]
-    """What the curve says about overfitting and underfitting."""
 
 
 class Trainer:
