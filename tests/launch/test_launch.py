@@ -146,6 +146,20 @@ def test_a_deadlock_and_a_call_that_holds_the_interpreter_are_named_with_their_s
         assert f"in {function}" in done.stderr
 
 
+def test_what_processes_are_forked_from_has_no_threads_and_asks_nothing_of_a_gpu():
+    code = """
+import os, torch
+def refuse(*arguments):
+    raise RuntimeError("a GPU was asked for, which forks then cannot use")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_capability = refuse
+from warploom.cli import launch, standby
+standby.prepare()
+print(len(os.listdir("/proc/self/task")), torch.cuda.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["1", "False"], done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_two_machines_start_again_together(tmp_path, tokens):
     """Two launchers, as on two machines, with a process each."""

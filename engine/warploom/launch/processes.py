@@ -37,7 +37,9 @@ class Processes:
                 lines = lines[os.write(self._orders, lines) :]
         while len(self.pids) < len(orders) and self._read(None):
             pass
-        self.pids += [self._server] * (len(orders) - len(self.pids))
+        for place in range(len(self.pids), len(orders)):  # the server has ended
+            self.pids.append(self._server)
+            self._codes[place] = 1
 
     def exit_codes(self) -> dict[int, int]:
         """Return those of the processes that have ended, by their place; negative for a signal."""
