@@ -178,6 +178,7 @@ def write_ninja(build_dir, compiler, levels, nvcc, archs, compile_with_torch, li
         targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
         targets.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         add("cuda/*.cu", " ".join(targets), ".cuda", rule="nvcc")
+        add("cuda/*.cpp", "-std=c++17")
     lines.append(f"build _C.so: link {' '.join(objects)}\n")
     build_dir.joinpath("build.ninja").write_text("\n".join(lines), encoding="utf-8")
 

@@ -5,6 +5,7 @@
 #include "common/ptx.cuh"
 #include "cuda/linear.h"
 #include "cuda/tiles.cuh"
+#include "cuda/vector.cuh"
 
 namespace warploom::cuda {
 namespace {
@@ -211,6 +212,33 @@ __global__ void __launch_bounds__(kThreads) linear_product_kernel(const Linear<T
   }
 }
 
+template <class T>
+struct Masking {
+  const T* dy;
+  const unsigned char* mask;
+  T* dh;
+  int64_t N;
+  int F;
+};
+
+constexpr int kMaskThreads = 256;
+
+// A thread takes the 8 elements of one byte of the mask.
+template <class T>
+__global__ void __launch_bounds__(kMaskThreads) linear_mask_kernel(const Masking<T> m) {
+  const int64_t bytes = m.F / 8, index = static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
+  const int64_t row = index / bytes, byte = index % bytes;
+  if (row >= m.N) return;
+  const uint32_t bits = m.mask[row * ((m.F + 127) / 128 * 16) + byte];
+  Vector<T> elements;
+  elements.load(m.dy + 8 * index, 8, true);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    elements.bits.words[i] = select(elements.bits.words[i], bits >> 2 * i, bits >> (2 * i + 1));
+  }
+  elements.store(m.dh + 8 * index, 8, true);
+}
+
 template <class T, LinearProduct product>
 void launch_product(const Linear<T>& l, int64_t M, int64_t N, Stream stream) {
   if (M == 0 || N == 0) return;
@@ -232,7 +260,17 @@ void launch_linear(LinearProduct product, const Linear<T>& l, Stream stream) {
   }
 }
 
+template <class T>
+void launch_linear_mask(const T* dy, const uint32_t* mask, T* dh, int64_t N, int F, Stream stream) {
+  const int64_t blocks = (N * (F / 8) + kMaskThreads - 1) / kMaskThreads;
+  if (blocks == 0) return;
+  const Masking<T> arguments = {dy, reinterpret_cast<const unsigned char*>(mask), dh, N, F};
+  launch(linear_mask_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kMaskThreads), 0, stream, arguments);
+}
+
 template void launch_linear(LinearProduct, const Linear<bf16>&, Stream);
 template void launch_linear(LinearProduct, const Linear<fp16>&, Stream);
+template void launch_linear_mask(const bf16*, const uint32_t*, bf16*, int64_t, int, Stream);
+template void launch_linear_mask(const fp16*, const uint32_t*, fp16*, int64_t, int, Stream);
 
 }  // namespace warploom::cuda

@@ -38,4 +38,8 @@ struct Linear {
 template <class T>
 void launch_linear(LinearProduct product, const Linear<T>& arguments, Stream stream);
 
+// dh (N, F) = dy where the mask has ones, for products that do not apply it themselves.
+template <class T>
+void launch_linear_mask(const T* dy, const uint32_t* mask, T* dh, int64_t N, int F, Stream stream);
+
 }  // namespace warploom::cuda

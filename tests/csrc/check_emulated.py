@@ -1,9 +1,9 @@
 """Prove ops on their CUDA C++ back end, run by the emulator. A program of its own, since AddressSanitizer must be
 loaded before Python.
 
-Standard input: a JSON list of jobs {"library", "op", "cases" (a pattern of their names), "seed"}. Each runs in a forked
-process, since what is found ends it. Prints a line of JSON for each: {"proof"} or, where it did not come to one,
-{"error"}.
+Standard input: a JSON list of jobs {"library", "op", "cases" (a pattern of their names), "seed"}, and for the back end
+cublaslt also {"cublaslt" (its library), "environment"}. Each runs in a forked process, since what is found ends it.
+Prints a line of JSON for each: {"proof"} or, where it did not come to one, {"error"}.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 
 sys.modules["warploom._C"] = None  # type: ignore[assignment]  # the library defines the same operators
 
 import torch  # noqa: E402
 
-from warploom.ops import REGISTRY  # noqa: E402
+from warploom.ops import REGISTRY, adamw, backend  # noqa: E402
 from warploom.ops._accuracy import Trial  # noqa: E402
 from warploom.ops._op import BackendUnavailable  # noqa: E402
 from warploom.ops._proof import Refuted, check_accuracy, check_writes_everything  # noqa: E402
@@ -29,27 +31,63 @@ from warploom.ops._proof import Refuted, check_accuracy, check_writes_everything
 warnings.simplefilter("error")
 
 
-def proof_of(library: str, op: str, cases: str, seed: int) -> dict:
-    os.environ["EMULATOR_SEED"] = str(seed)
+def proof_of(
+    library: str,
+    op: str,
+    cases: str,
+    seed: int,
+    cublaslt: str | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> dict:
+    os.environ.update(environment, EMULATOR_SEED=str(seed))
     torch.ops.load_library(library)
+    name = "cuda"
+    if cublaslt is not None:
+        name = "cublaslt"
+        assert torch.ops.warploom_cuda.cublaslt_load(cublaslt) == 130100
     count_conflicts = ctypes.CDLL(library).emulator_bank_conflicts
     count_conflicts.restype = ctypes.c_long
     record = REGISTRY[op]
-    record.backends["cuda"] = dataclasses.replace(record.backends["cuda"], devices=("cpu",), missing=lambda: None)
+    record.backends[name] = dataclasses.replace(record.backends[name], devices=("cpu",), missing=lambda: None)
     proven, refused, failures = 0, 0, []
     for case in record.cases:
         for dtype in case.dtypes if re.search(cases, case.name) else ():
             trial = Trial(record, case, dtype)
             try:
-                check_accuracy(record, "cuda", trial)
+                check_accuracy(record, name, trial)
                 # Its two runs have threads scheduled differently, so it shows too that results do not depend on that.
-                check_writes_everything(record, "cuda", trial)
+                check_writes_everything(record, name, trial)
                 proven += 1
             except BackendUnavailable:
                 refused += 1
             except Refuted as failure:
                 failures.append(f"{case.name}, {dtype}: {failure}")
+    if op == "adamw":
+        failures += wrong_copies()
     return {"proven": proven, "refused": refused, "failures": failures, "bank_conflicts": count_conflicts()}
+
+
+def wrong_copies() -> list[str]:
+    """Which bfloat16 copies that adamw writes in its pass are not those of the weights it wrote."""
+    sizes = [(70, 90), (5,), (4101,), (33,)]
+    params = [torch.randn(size) for size in sizes]
+    # Of the second no copy is kept; that of the last begins between two multiples of 16 bytes.
+    copies = [torch.full((max(torch.Size(size).numel(), 1) + 1,), torch.nan, dtype=torch.bfloat16) for size in sizes]
+    packed = [copy[: param.numel()].view(param.shape) for copy, param in zip(copies, params, strict=True)]
+    packed[1] = torch.empty(0, dtype=torch.uint8)
+    packed[3] = copies[3][1:]
+    lists = [[torch.rand_like(param) for param in params] for _ in range(3)]
+    steps = [torch.ones(()) for _ in params]
+    before = [param.clone() for param in params]
+    settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
+    with backend(adamw="cuda"):
+        adamw(params, *lists, [], steps, packed=packed, **settings)
+    wrong = []
+    for index, (copy, param, old) in enumerate(zip(packed, params, before, strict=True)):
+        if torch.equal(param, old) or (index != 1 and not torch.equal(copy, param.bfloat16())):
+            wrong.append(f"the copy of tensor {index} is not that of its new values")
+    ends = (copies[0][-1], copies[1][-1], copies[2][-1], copies[3][0])
+    return wrong if all(end.isnan() for end in ends) else [*wrong, "memory beside a copy was written"]
 
 
 def main() -> None:

@@ -42,6 +42,8 @@ QUICK = {
     "layer_norm": "tiny|no_rows|width_65|width_1000|many_rows",
     "linear": "no_rows|200x72x136|of_eights",
 }
+# The same of the back end cublaslt, on a library of our own that computes what NVIDIA's is documented to.
+CUBLASLT = "no_rows|200x72x136|of_eights|batched"
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,13 @@ class Planted:
     new: str
     cases: str
     found: str
+    by_cublaslt: bool = False
 
 
 PLANTED = {
+    "copy of something else": Planted(
+        "adamw", "adamw.cu", "copy.set(i, p);", "copy.set(i, m);", "ragged", "the copy of tensor 0"
+    ),
     "missing barrier": Planted(
         "layer_norm",
         "layer_norm.cu",
@@ -105,6 +111,27 @@ PLANTED = {
         "of_eights",
         "a copy into it is on its way",
     ),
+    "mask that is shifted": Planted(
+        "linear", "linear.cu", "bits >> (2 * i + 1)", "bits >> (2 * i + 2)", "of_eights", "max error", by_cublaslt=True
+    ),
+    "matrix that is not transposed": Planted(
+        "linear",
+        "cublaslt.cpp",
+        "set(kTransB, p.transpose_b ?",
+        "set(kTransB, !p.transpose_b ?",
+        "of_eights",
+        "unsupported value",
+        by_cublaslt=True,
+    ),
+    "mask's rows in bytes": Planted(
+        "linear",
+        "cublaslt.cpp",
+        "set(kMaskLeadingDimension, p.mask_bits)",
+        "set(kMaskLeadingDimension, p.mask_bits / 8)",
+        "of_eights",
+        "unsupported value",
+        by_cublaslt=True,
+    ),
     "wrong sum": Planted(
         "layer_norm", "layer_norm.cu", "mask > 0; mask /= 2", "mask > 1; mask /= 2", "width_65", "output 0: max error"
     ),
@@ -136,19 +163,31 @@ def text_with(bug: Planted) -> str:
     text = (folder / bug.file).read_text(encoding="utf-8")
     assert text.count(bug.old) == 1, f"{bug.file} has changed"
     text = text.replace(bug.old, bug.new)
-    if bug.file.endswith(".cu"):
+    if not bug.file.endswith(".cuh"):
         return text
     source = (folder / f"{bug.op}.cu").read_text(encoding="utf-8")
     return source.replace(f'#include "cuda/{bug.file}"\n', text.replace("#pragma once\n", ""))
 
 
 @pytest.fixture(scope="module")
-def quick_results():
+def cublaslt_log(tmp_path_factory):
+    return tmp_path_factory.mktemp("cublaslt") / "products.jsonl"
+
+
+@pytest.fixture(scope="module")
+def quick_results(cublaslt_log):
     """By op and by planted bug. All in one process: importing torch under AddressSanitizer is most of a short run."""
     jobs = {op: {"library": str(build.build()), "op": op, "cases": QUICK[op], "seed": 1} for op in OPS}
+    by_cublaslt = {"op": "linear", "cublaslt": str(build.build_cublaslt()), "seed": 1}
+    logged = {"FAKE_CUBLASLT_LOG": str(cublaslt_log)}
+    jobs["cublaslt"] = {**jobs["linear"], **by_cublaslt, "cases": CUBLASLT, "environment": logged}
+    lacks = {"FAKE_CUBLASLT_LACKS": "136"}  # and so the forward of this case
+    jobs["cublaslt lacks"] = {**jobs["linear"], **by_cublaslt, "cases": "200x72x136", "environment": lacks}
     for name, bug in {**PLANTED, "without swizzle": WITHOUT_SWIZZLE}.items():
-        library = build.build({f"{bug.op}.cu": text_with(bug)})
+        library = build.build({f"{bug.op}.cu" if bug.file.endswith(".cuh") else bug.file: text_with(bug)})
         jobs[name] = {"library": str(library), "op": bug.op, "cases": bug.cases, "seed": 1}
+        if bug.by_cublaslt:
+            jobs[name].update(by_cublaslt)
     return dict(zip(jobs, run(list(jobs.values())), strict=True))
 
 
@@ -163,6 +202,26 @@ def assert_proven(result, op):
 @pytest.mark.parametrize("op", OPS)
 def test_op(quick_results, op):
     assert_proven(quick_results[op], op)
+
+
+def test_linear_by_cublaslt(quick_results, cublaslt_log):
+    assert_proven(quick_results["cublaslt"], "linear")
+    products = [json.loads(line) for line in cublaslt_log.read_text().splitlines()]
+    relu, bias, bits, sums = 2, 4, 128, 512
+    assert {each["epilogue"] for each in products} >= {1, bias, relu | bits, relu | bits | bias, sums}
+    for each in products:
+        if each["epilogue"] & bits:
+            assert each["transpose_a"] and not each["transpose_b"]  # weight x^T
+            assert each["aux_ld"] == -(-each["m"] // 128) * 128
+    # A ragged row of bits, and float gradients of a float weight.
+    assert {128, 256} <= {each["aux_ld"] for each in products}
+    assert any(each["epilogue"] == sums and each["d_type"] == 0 for each in products)
+
+
+def test_what_cublaslt_has_no_kernel_for_is_refused(quick_results):
+    """Forced, it is an error; otherwise the next back end takes the call."""
+    proof = quick_results["cublaslt lacks"]["proof"]
+    assert proof["proven"] == 0 and proof["refused"] > 0 and proof["failures"] == []
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from warploom.ops import REGISTRY, Op, _extension, _triton, _tuning
+from warploom.ops import REGISTRY, Op, _cublaslt, _extension, _triton, _tuning
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def extension_rows() -> Iterator[tuple[str, ...]]:
         archs = ", ".join(f"sm_{arch}" for arch in cuda.get("archs", ()))
         built = f"{archs}, and PTX of the last; nvcc {cuda['nvcc']}" if archs else None
         yield "CUDA kernels", built or _extension.cuda_not_built() or ""
+        yield "cuBLASLt", _cublaslt.version()
     yield "built against", f"torch {record['torch']}" if record.get("torch") else "nothing"
 
 

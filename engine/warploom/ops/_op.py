@@ -21,10 +21,10 @@ import torch
 from warploom.errors import UserError, nearest
 from warploom.ops import _tuning
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-# Tried in this order; an op's record decides which of them exist. Triton comes before CUDA C++ as long as no card has
-# shown which is faster.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+BACKENDS = ("reference", "cpu", "triton", "cuda", "cublaslt")
+# Tried in this order; an op's record decides which of them exist. Triton comes before CUDA C++ and this before cuBLASLt
+# as long as no card has shown which is faster.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "cublaslt", "reference")}
 REGISTRY: dict[str, Op] = {}
 _Objection = Callable[..., "str | None"]
 # The back end and its name, why not these arguments, why another first, key in calls.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from warploom.errors import nearest
-from warploom.ops import _extension, _triton
+from warploom.ops import _cublaslt, _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -179,7 +179,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, panels, activation):
         # ReLU's derivative is where its output is positive; the others are taken from the sum before the activation.
         # The backward of a GPU reads that as a bit mask, a sixteenth of the output; on a CPU packing bits costs more.
-        masked = activation == "relu" and (x.device.type == "cuda" or OP.forced() in ("triton", "cuda"))
+        masked = activation == "relu" and (x.device.type == "cuda" or OP.forced() in ("triton", "cuda", "cublaslt"))
         reads_y = activation == "relu" and not masked
         need_saved = activation != "none" and not reads_y and any(ctx.needs_input_grad)
         y, saved = torch.ops.warploom.linear_fwd.default(x, weight, bias, panels, activation, need_saved)
@@ -217,7 +217,8 @@ def _empty_gradient(weight: Tensor) -> Tensor:
 
 
 def _mask_bytes(width: int) -> int:
-    """Of a row of a bit mask: a multiple of 16, as cuBLASLt wants its auxiliary masks too."""
+    """Of a row of a bit mask: a multiple of 16, as cuBLASLt wants it. Its bits lie in the same order: so NVIDIA's own
+    nvmath-python reads them (verify_relu_bitmask in tests/nvmath_tests/linalg/advanced/matmul/test_epilog.py)."""
     return (width + 127) // 128 * 16
 
 
@@ -281,6 +282,12 @@ def _refuses_mask(masked: bool) -> str | None:
     return "its backward reads ReLU's output, and no bit mask of it" if masked else None
 
 
+def _refuses_output(saved: Tensor, activation: str) -> str | None:
+    if activation == "relu" and saved.dtype != torch.uint8:
+        return "its backward reads a bit mask of ReLU's output, and not the output"
+    return None
+
+
 def is_left_to_torch(x: Tensor, activation: str) -> str | None:
     """Why a call is left to torch, None if it is not: by measurement, see docs/performance.md."""
     if activation == "none" and not _packs(x.dtype):
@@ -312,8 +319,8 @@ _LARGE_WEIGHT, _MANY_ROWS = 1 << 19, 2048
 
 
 def left_to_cublas(x: Tensor, activation: str) -> str | None:
-    """Why the Triton kernels leave a call to torch's products, None if they do not: without tensor cores, or with
-    nothing to fuse but the bias, which cuBLAS adds too."""
+    """Why the back ends of GPUs leave a call to torch's products, None if they do not: without tensor cores, or with
+    nothing to fuse but the bias, which cuBLAS adds for torch too."""
     if x.dtype == torch.float32:
         return "cuBLAS is faster in float32"
     return "there is no activation to fuse" if activation == "none" else None
@@ -399,9 +406,7 @@ OP = Op(
             refuses={
                 "fwd": lambda x, *_: _triton.refuses_product(x),
                 "bwd": lambda dy, x, weight, panels, saved, activation, *_: (
-                    "its backward reads a bit mask of ReLU's output, and not the output"
-                    if activation == "relu" and saved.dtype != torch.uint8
-                    else _triton.refuses_product(x)
+                    _refuses_output(saved, activation) or _triton.refuses_product(x)
                 ),
             },
             slower={
@@ -416,9 +421,29 @@ OP = Op(
             refuses={
                 "fwd": lambda x, weight, bias, panels, activation, need_saved: _cuda_refuses(x, weight, activation),
                 "bwd": lambda dy, x, weight, panels, saved, activation, *_: (
-                    "its backward reads a bit mask of ReLU's output, and not the output"
-                    if activation == "relu" and saved.dtype != torch.uint8
-                    else _cuda_refuses(x, weight, activation)
+                    _refuses_output(saved, activation) or _cuda_refuses(x, weight, activation)
+                ),
+            },
+            slower={
+                "fwd": lambda x, weight, bias, panels, activation, need_saved: left_to_cublas(x, activation),
+                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: left_to_cublas(x, activation),
+            },
+        ),
+        # cuBLASLt's epilogues: bias, ReLU and its bit mask, as the other back ends lay it out; on the way back the sum
+        # for the bias gradient. (Its DRELU masks what a product yields, and so belongs to the layer above.)
+        "cublaslt": Backend(
+            kernels={s: _extension.cuda_kernel(f"linear_{s}_cublaslt") for s in _SCHEMAS},
+            devices=("cuda",),
+            missing=lambda: _cublaslt.missing("linear_fwd_cublaslt", "linear_bwd_cublaslt"),
+            refuses={
+                "fwd": lambda x, weight, bias, panels, activation, need_saved: (
+                    _cuda_refuses(x, weight, activation)
+                    or _cublaslt.refuses_fwd(x, weight, bias, activation, need_saved)
+                ),
+                "bwd": lambda dy, x, weight, panels, saved, activation, need_dx, need_dweight, need_dbias: (
+                    _refuses_output(saved, activation)
+                    or _cuda_refuses(x, weight, activation)
+                    or _cublaslt.refuses_bwd(x, weight, activation, need_dbias)
                 ),
             },
             slower={
@@ -457,6 +482,7 @@ OP = Op(
             Case(f"float32_weight_{name}", _case(70, 90, C=100, activation=name), _HALF, wide=("weight", "bias"))
             for name in ("none", "relu", "gelu", "gelu_tanh")
         ),
+        Case("of_eights_without_bias", _case(3, 9, 136, C=40, bias=False, activation="relu")),
         Case("float32_weight_of_eights", _case(70, 88, C=104, activation="relu"), _HALF, wide=("weight", "bias")),
     ),
     bad_cases=(

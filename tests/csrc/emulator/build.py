@@ -48,16 +48,26 @@ def build(changed: Mapping[str, str] | None = None) -> Path:
             for stem in ("scheduler", "races")
         ),
     ]
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        text = changed.get(source.name) or source.read_text(encoding="utf-8")
-        objects.append(
-            _compile(f"{source.stem}.cu.cpp", text, f"-O1 -g1 -std=c++17 -Wall -Wno-unknown-pragmas -Werror {SANITIZE}")
-        )
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.c[up]*")):
+        if source.suffix in (".cu", ".cpp"):
+            text = changed.get(source.name) or source.read_text(encoding="utf-8")
+            flags = f"-O1 -g1 -std=c++17 -Wall -Wno-unknown-pragmas -Werror {SANITIZE}"
+            objects.append(_compile(f"{source.name}.cpp", text, flags))
     folders = " ".join(f"-L{shlex.quote(path)}" for path in cpp_extension.library_paths())
     name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     library = FOLDER / f"emulated-{name}.so"
     if not library.exists():
         _run(f"{CXX} -shared {shlex.join(map(str, objects))} {folders} -ltorch_cpu -lc10", library)
+    return library
+
+
+def build_cublaslt() -> Path:
+    """Return the library that takes the place of NVIDIA's."""
+    text = (EMULATOR / "fake_cublaslt.cpp").read_text(encoding="utf-8")
+    built = _compile("fake_cublaslt.cpp", text, f"-O1 -g1 -std=c++17 -Wall -Werror {SANITIZE}")
+    library = built.with_suffix(".so")
+    if not library.exists():
+        _run(f"{CXX} -shared {shlex.quote(str(built))}", library)
     return library
 
 
