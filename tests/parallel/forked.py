@@ -18,10 +18,10 @@ GROUP_TIMEOUT_S = 60.0
 class Forks:
     """size children that are in one gloo group and each call work(rank). The parent must have no threads."""
 
-    def __init__(self, size, work, before_group=lambda rank: None):
+    def __init__(self, size, work, before_group=lambda rank: None, group_timeout_s=GROUP_TIMEOUT_S):
         self.folder = tempfile.TemporaryDirectory(prefix="forked-")
         self.errors = [Path(self.folder.name, f"error-{rank}") for rank in range(size)]
-        self.pids = []
+        self.pids, self.group_timeout_s = [], group_timeout_s
         for rank in range(size):
             pid = os.fork()
             if pid == 0:
@@ -34,7 +34,7 @@ class Forks:
             before_group(rank)
             store = dist.FileStore(str(Path(self.folder.name, "store")), size)
             dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=GROUP_TIMEOUT_S)
+                "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=self.group_timeout_s)
             )
             work(rank)
             code = 0

@@ -1,5 +1,5 @@
-"""One process of a parity check: trains models over the layouts that argv[1], a JSON list of cases, names, and writes
-what differs from the training in one process into argv[2], a file per rank. Start with torch.distributed.run."""
+"""The processes of a parity check, argv[3] of them: they train models over the layouts that argv[1], a file of cases,
+names, and write what differs from the training in one process into the folder argv[2], a file per rank."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tests.parallel.forked import Forks
 
 from warploom.models.config import TransformerConfig
 from warploom.models.transformer import Transformer
@@ -15,10 +16,11 @@ from warploom.optim import OptimizerConfig, build_optimizers
 from warploom.optim.parts import local_part
 from warploom.parallel.apply import ParallelModel
 from warploom.parallel.config import ParallelConfig
-from warploom.parallel.mesh import Mesh, processes
+from warploom.parallel.mesh import Mesh
 from warploom.train.step import training_step
 
 STEPS = 20
+TIMEOUT_S = 560.0
 SMALLEST = 1e-3  # a third of the learning rate; weights begin at 0.02
 SMALL = {"d_model": 32, "num_layers": 4, "num_heads": 4, "max_seq_len": 16, "vocab_size": 61}
 
@@ -151,12 +153,17 @@ def difference(case, references):
 
 
 def main():
-    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    cases, folder, size = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    with processes("cpu"):
+
+    def work(rank):
         references = {}
         results = {name: difference(case, references) for name, case in cases.items()}
-        (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
+        (folder / f"{rank}.json").write_text(json.dumps(results))
+
+    children = Forks(size, work, group_timeout_s=TIMEOUT_S)
+    if any(children.wait(TIMEOUT_S)):
+        sys.exit("\n".join(children.error(rank) for rank in range(size)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def results(tmp_path_factory):
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
             *(str(Path(__file__).with_name("checked_run.py")), str(folder)),
         ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels"))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels", "."))},
         capture_output=True,
         text=True,
         timeout=300,

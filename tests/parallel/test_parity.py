@@ -18,7 +18,7 @@ TRANSLATOR = {"architecture": "encoder-decoder", "position": "t5", "num_layers":
 
 MARIAN = {"output_bias": True, "embedding_norm": True, "tie_embeddings": True, "bias": True}
 
-# Four processes; a new process group costs seconds, so all cases of one size share theirs.
+# Four processes; all cases of one size share theirs.
 QUICK = {
     "data, rows that do not divide": {"parallel": {"data": 4}, "batch_size": 7},
     "shard, packed documents": {"parallel": {"shard": 4}, "packed": True, "optimizer": "muon"},
@@ -129,13 +129,14 @@ WIDE = {
 def run(cases, num_processes, folder):
     """Return the results of each case, by rank."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    path = os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels"))
+    path = os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels", "."))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)),
-            *(str(Path(__file__).with_name("parity_run.py")), str(folder / "cases.json"), str(folder)),
+            *(sys.executable, "-m", "tests.parallel.parity_run"),
+            *(str(folder / "cases.json"), str(folder), str(num_processes)),
         ],
-        env={**os.environ, "PYTHONPATH": path},
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=580,
