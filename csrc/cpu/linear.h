@@ -44,7 +44,7 @@ template <class T, class W>
 struct LinearKernelsOf {
   void (*fwd)(const LinearForward<T, W>&);
   void (*bwd)(const LinearBackward<T, W>&);
-  // The weight (F, C) as the forward wants it, followed by how the backward wants it.
+  // The weight (F, C) as the forward wants it and the backward can read it too; see packed_weight.h.
   void (*pack)(const W* weight, int64_t F, int64_t C, void* packed);
 };
 

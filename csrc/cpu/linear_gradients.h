@@ -8,9 +8,10 @@ namespace warploom::cpu::WARPLOOM_LEVEL {
 
 template <class T, class Layer>
 static RightPanels<T> backward_panels(const Layer& layer, int64_t C, typename RightPanels<T>::Element* memory) {
-  using Element = typename RightPanels<T>::Element;
   const int64_t F = layer.F;
-  if (layer.packed != nullptr) return {static_cast<const Element*>(layer.packed) + RightPanels<T>::size(F, C), C, F};
+  if (layer.packed != nullptr) {
+    return turn_panels<T>(static_cast<const typename RightPanels<T>::Element*>(layer.packed), F, C, memory);
+  }
   if (layer.transposed) return pack_right_operand<T>(forward_operand(layer.weight, C, F), memory);
   return pack_right_operand<T>(backward_operand(layer.weight, F, C), memory);
 }
@@ -56,15 +57,15 @@ static void linears_bwd(const LinearsBackward<T, W>& args) {
     for (int i = 0; i < args.count; ++i) body(i, args.layers[i]);
   };
   if (args.dx != nullptr) {
-    int64_t unpacked = 0;
-    each_layer([&](int, const Layer& layer) { unpacked += layer.packed ? 0 : RightPanels<T>::size(C, layer.F); });
-    Element* panels = scratch<Element>(0, unpacked);
+    int64_t size = 0;
+    each_layer([&](int, const Layer& layer) { size += RightPanels<T>::size(C, layer.F); });
+    Element* panels = scratch<Element>(0, size);
     Operand<T, /*kAlongK=*/true>* lefts = scratch<Operand<T, true>>(2, args.count);
     RightPanels<T>* rights = scratch<RightPanels<T>>(3, args.count);
     each_layer([&](int i, const Layer& layer) {
       lefts[i] = {layer.dy, layer.F, M, layer.F};
       rights[i] = backward_panels<T>(layer, C, panels);
-      if (layer.packed == nullptr) panels += RightPanels<T>::size(C, layer.F);
+      panels += RightPanels<T>::size(C, layer.F);
     });
     gemm_sum(lefts, rights, args.count, ResultRows<T>(args.dx, M, C), AsTheyAre{});
   }

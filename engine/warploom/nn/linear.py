@@ -46,7 +46,7 @@ class Linear(nn.Linear):
 
 
 def keep_packed(model: nn.Module) -> dict[Tensor, PackedWeight]:
-    """Let every Linear of the model keep its weight packed between updates, at the cost of its size in 16 bits, twice.
+    """Let every Linear of the model keep its weight packed between updates, at the cost of its size in 16 bits.
     Returns what keeps each weight, for optimizers that pack what they update (optim.AdamW).
 
     For training loops: it saves packing the weight for each micro batch and each backward. PackedWeight says which

@@ -90,10 +90,10 @@ class PackedWeight:
 
     A change is seen by the version counter that torch keeps of every tensor, and by the values of a few elements:
     torch's fused optimizers, and writes through `.data`, change a tensor without counting. Writing to a part of the
-    weight in such a way goes unseen. Takes as much memory as the weight in the activations' dtype, twice, since the
-    forward and the backward read it in different orders. Where no kernel packs (dtype, device, back end) it is idle.
+    weight in such a way goes unseen. Takes as much memory as the weight in the activations' dtype: in the forward's
+    order, which the backward turns into its own. Where no kernel packs (dtype, device, back end) it is idle.
 
-    On a GPU it is a copy of the weight in the activations' dtype, once, and a change is seen by the version counter
+    On a GPU it is a copy of the weight in the activations' dtype, and a change is seen by the version counter
     alone, since comparing values would wait for the device: step such weights with warploom.optim.
     """
 

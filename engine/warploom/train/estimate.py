@@ -179,8 +179,8 @@ def _inner_bytes(name: str, args: tuple, device: str) -> int:
 
 
 def _packed_bytes(model: Transformer, dtype: torch.dtype, device: str) -> int:
-    """What nn.linear.keep_packed keeps: CPU products of 16-bit types read weights packed, one way for each pass."""
+    """What nn.linear.keep_packed keeps: CPU products of 16-bit types read weights packed."""
     if device != "cpu" or dtype == torch.float32:
         return 0
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
-    return sum(2 * weight.numel() * dtype.itemsize for weight in matrices)
+    return sum(weight.numel() for weight in matrices) * dtype.itemsize
