@@ -34,6 +34,39 @@ __device__ void copy_rows(const Tile& tile, const Rows<T>& rows, int first_row, 
   tile.template copy_from<threads>(rows.first, first_row, 0, rows.count, D, rows.stride, threadIdx.x);
 }
 
+// Tiles of the two tensors that a block walks over, in two stages.
+template <class Tile>
+struct Stages {
+  unsigned char* memory;
+
+  __device__ Tile first(int stage) const { return {memory + 2 * stage * Tile::kBytes}; }
+  __device__ Tile second(int stage) const { return {memory + (2 * stage + 1) * Tile::kBytes}; }
+
+  template <int threads, class T>
+  __device__ void copy(int stage, const Rows<T>& first_rows, const Rows<T>& second_rows, int first_row, int D) const {
+    copy_rows<threads>(first(stage), first_rows, first_row, D);
+    copy_rows<threads>(second(stage), second_rows, first_row, D);
+    ptx::commit_copies();
+  }
+};
+
+// Calls multiply(at, stage) for at = 0, size, ... below end, and before each copy(at, stage) for the one after it. What
+// the block owns has been asked for before, and is there at the first multiply.
+template <class Copy, class Multiply>
+__device__ void walk(int end, int size, const Copy& copy, const Multiply& multiply) {
+  if (end > 0) copy(0, 0);
+  ptx::commit_copies();
+  int stage = 0;
+#pragma unroll 1
+  for (int at = 0; at < end; at += size, stage ^= 1) {
+    ptx::wait_copies<0>();
+    ptx::block_barrier();
+    if (at + size < end) copy(at + size, stage ^ 1);
+    multiply(at, stage);
+  }
+  ptx::wait_copies<0>();  // where nothing was walked over
+}
+
 // Query i sees the keys before this.
 template <class T>
 __device__ int end_of_keys(const Attention<T>& a, int query) {
@@ -41,6 +74,32 @@ __device__ int end_of_keys(const Attention<T>& a, int query) {
   const int end = query + 1 + a.length_k - a.length_q;
   return end < a.length_k ? end : a.length_k;
 }
+
+// A block's place among the queries, and this thread's in it.
+template <class T>
+struct OwnQueries {
+  int first, head, batch, lane, warp_row;
+  int end;  // of the keys that any query of the block sees
+  Rows<T> k, v;
+
+  // The last queries see the most keys: begun first, they leave no long tail.
+  __device__ explicit OwnQueries(const Attention<T>& a)
+      : first(static_cast<int>(gridDim.x - 1 - blockIdx.x) * kOwn),
+        head(blockIdx.y % a.H),
+        batch(blockIdx.y / a.H),
+        lane(threadIdx.x % ptx::kWarp),
+        warp_row(threadIdx.x / ptx::kWarp * 16),
+        end(end_of_keys(a, min(first + kOwn, a.length_q) - 1)),
+        k(rows_of(a.k, a.k_at, batch, head / (a.H / a.H_kv), a.length_k)),
+        v(rows_of(a.v, a.v_at, batch, head / (a.H / a.H_kv), a.length_k)) {}
+
+  // This lane's two rows.
+  __device__ int query(int half) const { return first + warp_row + 8 * half + lane / 4; }
+  // Of a (B, H, T) tensor.
+  __device__ int64_t row(const Attention<T>& a, int half) const {
+    return (static_cast<int64_t>(batch) * a.H + head) * a.length_q + query(half);
+  }
+};
 
 __device__ float quad_max(float x) {
   x = fmaxf(x, ptx::shuffle_xor(x, 1));
@@ -123,39 +182,19 @@ __global__ void __launch_bounds__(kWarpsOfRows* ptx::kWarp) attention_fwd_kernel
   using QTile = Tile<T, kOwn, kStored<D>>;
   using KTile = Tile<T, kKeys, kStored<D>>;
   auto* const shared = ptx::shared_memory<unsigned char>();
-  // The last queries see the most keys: begun first, they leave no long tail.
-  const int first_query = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kOwn;
-  const int head = blockIdx.y % a.H, batch = blockIdx.y / a.H, head_kv = head / (a.H / a.H_kv);
-  const int lane = threadIdx.x % ptx::kWarp, warp_row = threadIdx.x / ptx::kWarp * 16;
-  const Rows<T> q = rows_of(a.q, a.q_at, batch, head, a.length_q);
-  const Rows<T> k = rows_of(a.k, a.k_at, batch, head_kv, a.length_k);
-  const Rows<T> v = rows_of(a.v, a.v_at, batch, head_kv, a.length_k);
+  const OwnQueries<T> own(a);
   const QTile q_tile{shared};
-  const auto k_tile = [&](int stage) { return KTile{shared + QTile::kBytes + 2 * stage * KTile::kBytes}; };
-  const auto v_tile = [&](int stage) { return KTile{shared + QTile::kBytes + (2 * stage + 1) * KTile::kBytes}; };
-  const auto copy_stage = [&](int key, int stage) {
-    copy_rows<kThreads>(k_tile(stage), k, key, D);
-    copy_rows<kThreads>(v_tile(stage), v, key, D);
-    ptx::commit_copies();
-  };
-
-  const int last_query = min(first_query + kOwn, a.length_q) - 1;
-  const int end = end_of_keys(a, last_query);  // of what any query of the block sees
+  const Stages<KTile> tiles{shared + QTile::kBytes};
   const float scale = a.softmax_scale * kLog2E;
   float acc[D / 8][4] = {};
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
   int ends[2];
-  for (int half = 0; half < 2; ++half) ends[half] = end_of_keys(a, first_query + warp_row + 8 * half + lane / 4);
-  copy_rows<kThreads>(q_tile, q, first_query, D);
-  copy_stage(0, 0);
-  int stage = 0;
-#pragma unroll 1
-  for (int key = 0; key < end; key += kKeys, stage ^= 1) {
-    ptx::wait_copies<0>();
-    ptx::block_barrier();
-    if (key + kKeys < end) copy_stage(key + kKeys, stage ^ 1);
+  for (int half = 0; half < 2; ++half) ends[half] = end_of_keys(a, own.query(half));
+  copy_rows<kThreads>(q_tile, rows_of(a.q, a.q_at, own.batch, own.head, a.length_q), own.first, D);
+  const auto copy = [&](int key, int stage) { tiles.template copy<kThreads>(stage, own.k, own.v, key, D); };
+  walk(own.end, kKeys, copy, [&](int key, int stage) {
     float s[kFragments][4];
-    multiply_rows<D, T>(s, q_tile, warp_row, k_tile(stage), lane);
+    multiply_rows<D, T>(s, q_tile, own.warp_row, tiles.first(stage), own.lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float largest = maximum[half];
@@ -164,7 +203,7 @@ __global__ void __launch_bounds__(kWarpsOfRows* ptx::kWarp) attention_fwd_kernel
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& score = s[n][2 * half + i];
-          score = key + 8 * n + lane % 4 * 2 + i < ends[half] ? score * scale : -INFINITY;
+          score = key + 8 * n + own.lane % 4 * 2 + i < ends[half] ? score * scale : -INFINITY;
           largest = fmaxf(largest, score);
         }
       }
@@ -188,23 +227,20 @@ __global__ void __launch_bounds__(kWarpsOfRows* ptx::kWarp) attention_fwd_kernel
         acc[c][2 * half + 1] *= factor;
       }
     }
-    add_weighted<T>(acc, s, v_tile(stage), 0, lane);
-  }
-  ptx::wait_copies<0>();  // of a block that sees no key
+    add_weighted<T>(acc, s, tiles.second(stage), 0, own.lane);
+  });
 
   float factors[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float total = quad_sum(sum[half]);
     factors[half] = total > 0.0f ? 1.0f / total : 0.0f;
-    const int query = first_query + warp_row + 8 * half + lane / 4;
-    if (lane % 4 == 0 && query < a.length_q) {
-      a.lse[(static_cast<int64_t>(batch) * a.H + head) * a.length_q + query] =
-          total > 0.0f ? maximum[half] * kLn2 + logf(total) : -INFINITY;
+    if (own.lane % 4 == 0 && own.query(half) < a.length_q) {
+      a.lse[own.row(a, half)] = total > 0.0f ? maximum[half] * kLn2 + logf(total) : -INFINITY;
     }
   }
-  store_rows(acc, factors[0], factors[1], a.o + batch * a.o_at.batch + head * a.o_at.head, a.o_at.row,
-             first_query + warp_row + lane / 4, a.length_q, 0, lane);
+  store_rows(acc, factors[0], factors[1], a.o + own.batch * a.o_at.batch + own.head * a.o_at.head, a.o_at.row,
+             own.query(0), a.length_q, 0, own.lane);
 }
 
 // One warp a query.
@@ -234,60 +270,40 @@ __global__ void __launch_bounds__(kWarpsOfRows* ptx::kWarp) attention_bwd_dq_ker
   using QTile = Tile<T, kOwn, kStored<D>>;
   using KTile = Tile<T, kKeys, kStored<D>>;
   auto* const shared = ptx::shared_memory<unsigned char>();
-  const int first_query = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kOwn;
-  const int head = blockIdx.y % a.H, batch = blockIdx.y / a.H, head_kv = head / (a.H / a.H_kv);
-  const int lane = threadIdx.x % ptx::kWarp, warp_row = threadIdx.x / ptx::kWarp * 16;
-  const Rows<T> k = rows_of(a.k, a.k_at, batch, head_kv, a.length_k);
-  const Rows<T> v = rows_of(a.v, a.v_at, batch, head_kv, a.length_k);
+  const OwnQueries<T> own(a);
   const QTile q_tile{shared}, dO_tile{shared + QTile::kBytes};
-  const auto k_tile = [&](int stage) { return KTile{shared + 2 * QTile::kBytes + 2 * stage * KTile::kBytes}; };
-  const auto v_tile = [&](int stage) { return KTile{shared + 2 * QTile::kBytes + (2 * stage + 1) * KTile::kBytes}; };
-  const auto copy_stage = [&](int key, int stage) {
-    copy_rows<kThreads>(k_tile(stage), k, key, D);
-    copy_rows<kThreads>(v_tile(stage), v, key, D);
-    ptx::commit_copies();
-  };
-
-  const int end = end_of_keys(a, min(first_query + kOwn, a.length_q) - 1);
+  const Stages<KTile> tiles{shared + 2 * QTile::kBytes};
   const float scale = a.softmax_scale * kLog2E;
   float acc[D / 8][4] = {};
   float lse[2], delta[2];
   int ends[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int query = first_query + warp_row + 8 * half + lane / 4;
-    const int64_t at = (static_cast<int64_t>(batch) * a.H + head) * a.length_q + query;
-    const bool inside = query < a.length_q;
-    lse[half] = inside ? a.lse[at] * kLog2E : 0.0f;
-    delta[half] = inside ? a.delta[at] : 0.0f;
-    ends[half] = inside ? end_of_keys(a, query) : 0;
+    const bool inside = own.query(half) < a.length_q;
+    lse[half] = inside ? a.lse[own.row(a, half)] * kLog2E : 0.0f;
+    delta[half] = inside ? a.delta[own.row(a, half)] : 0.0f;
+    ends[half] = inside ? end_of_keys(a, own.query(half)) : 0;
   }
-  copy_rows<kThreads>(q_tile, rows_of(a.q, a.q_at, batch, head, a.length_q), first_query, D);
-  copy_rows<kThreads>(dO_tile, rows_of(a.dO, a.dO_at, batch, head, a.length_q), first_query, D);
-  copy_stage(0, 0);
-  int stage = 0;
-#pragma unroll 1
-  for (int key = 0; key < end; key += kKeys, stage ^= 1) {
-    ptx::wait_copies<0>();
-    ptx::block_barrier();
-    if (key + kKeys < end) copy_stage(key + kKeys, stage ^ 1);
+  copy_rows<kThreads>(q_tile, rows_of(a.q, a.q_at, own.batch, own.head, a.length_q), own.first, D);
+  copy_rows<kThreads>(dO_tile, rows_of(a.dO, a.dO_at, own.batch, own.head, a.length_q), own.first, D);
+  const auto copy = [&](int key, int stage) { tiles.template copy<kThreads>(stage, own.k, own.v, key, D); };
+  walk(own.end, kKeys, copy, [&](int key, int stage) {
     float s[kFragments][4], dp[kFragments][4];
-    multiply_rows<D, T>(s, q_tile, warp_row, k_tile(stage), lane);
-    multiply_rows<D, T>(dp, dO_tile, warp_row, v_tile(stage), lane);
+    multiply_rows<D, T>(s, q_tile, own.warp_row, tiles.first(stage), own.lane);
+    multiply_rows<D, T>(dp, dO_tile, own.warp_row, tiles.second(stage), own.lane);
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool seen = key + 8 * n + lane % 4 * 2 + i % 2 < ends[i / 2];
+        const bool seen = key + 8 * n + own.lane % 4 * 2 + i % 2 < ends[i / 2];
         const float p = seen ? ptx::exp2_approx(s[n][i] * scale - lse[i / 2]) : 0.0f;
         s[n][i] = p * (dp[n][i] - delta[i / 2]);
       }
     }
-    add_weighted<T>(acc, s, k_tile(stage), 0, lane);
-  }
-  ptx::wait_copies<0>();
-  store_rows(acc, a.softmax_scale, a.softmax_scale, a.dq + batch * a.dq_at.batch + head * a.dq_at.head, a.dq_at.row,
-             first_query + warp_row + lane / 4, a.length_q, 0, lane);
+    add_weighted<T>(acc, s, tiles.first(stage), 0, own.lane);
+  });
+  store_rows(acc, a.softmax_scale, a.softmax_scale, a.dq + own.batch * a.dq_at.batch + own.head * a.dq_at.head,
+             a.dq_at.row, own.query(0), a.length_q, 0, own.lane);
 }
 
 // Warps that share the keys of one: each has all their scores and a part of the columns of their gradients, of which
@@ -308,8 +324,7 @@ __global__ void __launch_bounds__(kWarpsOfRows* kColumnParts<D>* ptx::kWarp)
   const int lane = threadIdx.x % ptx::kWarp, warp = threadIdx.x / ptx::kWarp;
   const int warp_row = warp % kWarpsOfRows * 16, first_column = warp / kWarpsOfRows * kColumns;
   const KTile k_tile{shared}, v_tile{shared + KTile::kBytes};
-  const auto q_tile = [&](int stage) { return QTile{shared + 2 * KTile::kBytes + 2 * stage * QTile::kBytes}; };
-  const auto dO_tile = [&](int stage) { return QTile{shared + 2 * KTile::kBytes + (2 * stage + 1) * QTile::kBytes}; };
+  const Stages<QTile> tiles{shared + 2 * KTile::kBytes};
 
   // The steps go through the heads of the group, and in each through the queries that see any of the keys.
   const int shift = a.causal ? a.length_k - a.length_q : a.length_k;
@@ -318,30 +333,22 @@ __global__ void __launch_bounds__(kWarpsOfRows* kColumnParts<D>* ptx::kWarp)
   const int steps = group * steps_of_head;
   const auto head_of = [&](int step) { return head_kv * group + step / steps_of_head; };
   const auto query_of = [&](int step) { return first_query + step % steps_of_head * kQueries; };
-  const auto copy_stage = [&](int step, int stage) {
-    const int head = head_of(step), query = query_of(step);
-    copy_rows<kThreads>(q_tile(stage), rows_of(a.q, a.q_at, batch, head, a.length_q), query, D);
-    copy_rows<kThreads>(dO_tile(stage), rows_of(a.dO, a.dO_at, batch, head, a.length_q), query, D);
-    ptx::commit_copies();
+  const auto copy = [&](int step, int stage) {
+    const int head = head_of(step);
+    tiles.template copy<kThreads>(stage, rows_of(a.q, a.q_at, batch, head, a.length_q),
+                                  rows_of(a.dO, a.dO_at, batch, head, a.length_q), query_of(step), D);
   };
 
   const float scale = a.softmax_scale * kLog2E;
   float dk[kColumns / 8][4] = {}, dv[kColumns / 8][4] = {};
   copy_rows<kThreads>(k_tile, rows_of(a.k, a.k_at, batch, head_kv, a.length_k), first_key, D);
   copy_rows<kThreads>(v_tile, rows_of(a.v, a.v_at, batch, head_kv, a.length_k), first_key, D);
-  if (steps > 0) copy_stage(0, 0);
-  ptx::commit_copies();
-  int stage = 0;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step, stage ^= 1) {
-    ptx::wait_copies<0>();
-    ptx::block_barrier();
-    if (step + 1 < steps) copy_stage(step + 1, stage ^ 1);
+  walk(steps, 1, copy, [&](int step, int stage) {
     const int64_t row = (static_cast<int64_t>(batch) * a.H + head_of(step)) * a.length_q;
     const int query = query_of(step);
     float p[kFragments][4], ds[kFragments][4];  // rows are keys, columns queries
-    multiply_rows<D, T>(p, k_tile, warp_row, q_tile(stage), lane);
-    multiply_rows<D, T>(ds, v_tile, warp_row, dO_tile(stage), lane);
+    multiply_rows<D, T>(p, k_tile, warp_row, tiles.first(stage), lane);
+    multiply_rows<D, T>(ds, v_tile, warp_row, tiles.second(stage), lane);
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
@@ -353,10 +360,9 @@ __global__ void __launch_bounds__(kWarpsOfRows* kColumnParts<D>* ptx::kWarp)
         ds[n][i] = seen ? p[n][i] * (ds[n][i] - a.delta[row + of_query]) : 0.0f;
       }
     }
-    add_weighted<T>(dv, p, dO_tile(stage), first_column, lane);
-    add_weighted<T>(dk, ds, q_tile(stage), first_column, lane);
-  }
-  ptx::wait_copies<0>();
+    add_weighted<T>(dv, p, tiles.second(stage), first_column, lane);
+    add_weighted<T>(dk, ds, tiles.first(stage), first_column, lane);
+  });
   const int row = first_key + warp_row + lane / 4;
   store_rows(dk, a.softmax_scale, a.softmax_scale, a.dk + batch * a.dk_at.batch + head_kv * a.dk_at.head, a.dk_at.row,
              row, a.length_k, first_column, lane);
