@@ -1,6 +1,6 @@
 // Every tensor shaped like q, k or v that is returned here is laid out as a contiguous (B, T, H, D), seen transposed as
-// (B, H, T, D): the projections around attention read and write that. The fakes of engine/warploom/ops/attention.py
-// say the same.
+// (B, H, T, D): the projections around attention read and write that. The fakes of
+// engine/warploom/ops/_attention_reference.py say the same.
 #include "cpu/attention.h"
 
 #include <ATen/ops/zeros.h>
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_any, const Tensor& k_an
   switch_dtype(q, [&](auto element) {
     using E = decltype(element);
     using Scalar = typename Accumulator<E>::type;
-    cpu::attention().get(element).fwd(
+    cpu::attention_fwd().get(element)(
         {problem, heads<E>(q), heads<E>(k), heads<E>(v), bias, heads<E>(o), data<Scalar>(lse)});
   });
   return {o, lse};
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   switch_dtype(q, [&](auto element) {
     using E = decltype(element);
     using Scalar = typename Accumulator<E>::type;
-    cpu::attention().get(element).bwd(
+    cpu::attention_bwd().get(element)(
         {problem, heads<E>(d_o), heads<E>(q), heads<E>(k), heads<E>(v), heads<E>(o), data<Scalar>(lse), bias,
          heads<E>(dq), heads<E>(dk), heads<E>(dv), need_dbias ? dbias.mutable_data_ptr() : nullptr,
          need_dbias && !bias.by_distance() ? dbias.size(1) : 1, need_dbias ? dbias.size(-1) : 0,

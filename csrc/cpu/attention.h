@@ -67,13 +67,14 @@ struct AttentionBackward {
 };
 
 template <class T>
-struct AttentionKernels {
-  void (*fwd)(const AttentionForward<T>&);
-  void (*bwd)(const AttentionBackward<T>&);
-};
+using AttentionForwardKernel = void (*)(const AttentionForward<T>&);
+template <class T>
+using AttentionBackwardKernel = void (*)(const AttentionBackward<T>&);
 
-using AttentionTable = PerDtype<AttentionKernels>;
+using AttentionForwardTable = PerDtype<AttentionForwardKernel>;
+using AttentionBackwardTable = PerDtype<AttentionBackwardKernel>;
 
-WARPLOOM_DISPATCH(AttentionTable, attention)
+WARPLOOM_DISPATCH(AttentionForwardTable, attention_fwd)
+WARPLOOM_DISPATCH(AttentionBackwardTable, attention_bwd)
 
 }  // namespace warploom::cpu

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from warploom.ops import _extension
-from warploom.ops.attention import attention_reference
+from warploom.ops._attention_reference import attention_reference
 
 if _extension.missing:
     pytest.skip(_extension.missing, allow_module_level=True)

@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from warploom.ops import REGISTRY, backend
 from warploom.ops._accuracy import Trial
+from warploom.ops._attention_reference import layout
 from warploom.ops._op import Case
-from warploom.ops.attention import _layout, attention
+from warploom.ops.attention import attention
 
 OP = REGISTRY["attention"]
 BACKENDS = [name for name in OP.backends if OP.refusal(name, "cpu") is None]
@@ -46,7 +47,7 @@ def attention_cases(draw):
     # two equal sums of D products, whose rounding depends on their order, and no peer says how large it may be.
     q, k = torch.empty(B, 1, T, D), torch.empty(B, 1, S, D)
     rest = {"cu_seqlens": None, "cu_seqlens_k": None, "key_lengths": None}
-    visible, *_ = _layout(q, k, **{**rest, **masks})
+    visible, *_ = layout(q, k, **{**rest, **masks})
     assume(bool((visible.sum(-1) > 1).any()))
     shapes = {"q": (B, groups * H_kv, T, D), "k": (B, H_kv, S, D), "v": (B, H_kv, S, D)}
     bias = draw(st.sampled_from([None, "pairs", "distances"]))
