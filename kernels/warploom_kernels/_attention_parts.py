@@ -10,6 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# The arguments that every kernel has: tensors and their strides over batch, heads and rows; columns are dense. lse and
+# delta are (B, H, T), dense. bias is read at bias + head * stride_bh + query * stride_bt + key * stride_bs: for a bias
+# by distance stride_bt is -1, and the pointer is moved to distance 0 by bias_zero.
+#
+#   cu_seqlens, cu_seqlens_k  (num_documents + 1,) int32, both or none
+#   key_lengths               (B,) or None
+#   window                    int or None
+#   GROUP                     query heads of one key/value head
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -144,6 +153,18 @@ def lse_in_log2(lse):
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
 
 
+@triton.jit
+def probabilities(
+    s, lse_rows, bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
+    BELOW: tl.constexpr, ABOVE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_T, BLOCK_S), from the products of queries and keys and the log-sum-exp of the forward."""
+    s, unit = with_bias(s, scale, bias, queries, keys, stride_bt, stride_bs, T, S)
+    if MASKED:
+        s = tl.where(visible(queries, keys, least, most, seen_keys, BELOW, ABOVE), s, float("-inf"))
+    return tl.exp2(s * unit - lse_rows[:, None])
+
+
 # Rows of a head.
 
 
@@ -190,12 +211,3 @@ def store_rows(base, first, length, stride, values, D: tl.constexpr, BLOCK: tl.c
     pointers = base + tl.cast(first, tl.int64) * stride + index[:, None] * stride + cols[None, :]
     mask = (first + index < length)[:, None] & (cols < D)[None, :]
     tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a b; float32 operands keep all their bits, which tensor cores would cut."""
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc)

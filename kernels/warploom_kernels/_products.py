@@ -170,6 +170,36 @@ def add_product(
     return acc, sums
 
 
+@triton.jit
+def add_plain_product(
+    acc, a, b, tile_m, tile_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc, with one tile of a b added to it: add_product without anything made on the way."""
+    acc, _ = add_product(
+        acc, tl.zeros((BLOCK_M,), dtype=tl.float32), a, None, None, None, b, tile_m, tile_n, M, N, K,
+        stride_am, stride_ak, stride_bk, stride_bn, 0, NONE, 1, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def add_bias(acc, bias, cols, N):
+    """bias: (N,), or None."""
+    if bias is not None:
+        acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def elements_of_tile(tile_m, tile_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's rows and columns, where its elements lie in a dense (M, N) matrix, and which are inside of it."""
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    return rows, cols, place, (rows < M)[:, None] & (cols < N)[None, :]
+
+
 # For launchers.
 
 
@@ -208,6 +238,11 @@ def tile_configs(
         shapes = [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4)]
     else:
         shapes = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
+    return as_configs(shapes)
+
+
+def as_configs(shapes: Sequence[tuple[int, int, int, int, int]]) -> list[Config]:
+    """shapes: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)."""
     return [
         Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
         for m, n, k, warps, stages in shapes

@@ -18,8 +18,10 @@ from warploom_kernels._products import (
     ACTIVATIONS,
     MASK_ALIGNMENT,
     activate,
+    add_bias,
     add_product,
     as_rows,
+    elements_of_tile,
     pack_bits,
     persistent_grid,
     place_of_tile,
@@ -68,14 +70,10 @@ def linear_product_kernel(
             acc, sums, a, saved, other, mask, b, tile_m, tile_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
             mask_stride, ACTIVATION, MASK_AXIS, GATED, row_sums is not None, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows, cols, place, inside = elements_of_tile(tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
         if factor is not None:
             acc *= tl.load(factor)
-        if bias is not None:
-            acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        place = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        acc = add_bias(acc, bias, cols, N)
         if h is not None:
             tl.store(h + place, acc.to(h.dtype.element_ty), mask=inside)
         if positive is not None:

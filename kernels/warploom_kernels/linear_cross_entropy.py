@@ -14,7 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from warploom_kernels._launch import INTERPRETER, Config, architecture, launch, num_multiprocessors, power_of_2_key
-from warploom_kernels._products import NONE, add_product, as_rows, persistent_grid, place_of_tile, tile_configs
+from warploom_kernels._products import (
+    add_plain_product,
+    as_configs,
+    as_rows,
+    elements_of_tile,
+    persistent_grid,
+    place_of_tile,
+    tile_configs,
+)
 from warploom_kernels.linear import launch_product
 
 
@@ -43,11 +51,9 @@ def linear_cross_entropy_lse_kernel(
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for tile in range(first_tile, last_tile):
         logits = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        none = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        logits, none = add_product(
-            logits, none, hidden, None, None, None, weight, tl.program_id(0), tile, N, V, C, C, 1, 1, C,
-            0, NONE, 1, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        logits = add_plain_product(
+            logits, hidden, weight, tl.program_id(0), tile, N, V, C, C, 1, 1, C, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         hit = cols[None, :] == target[:, None]
         logit = tl.sum(tl.where(hit, logits, 0.0), axis=1)
@@ -83,21 +89,17 @@ def linear_cross_entropy_dlogits_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = place_of_tile(tile, tiles_m, tiles_n, GROUP)
         logits = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        none = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        logits, none = add_product(
-            logits, none, hidden, None, None, None, weight, tile_m, tile_n, N, V, C, C, 1, 1, C,
-            0, NONE, 1, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        logits = add_plain_product(
+            logits, hidden, weight, tile_m, tile_n, N, V, C, C, 1, 1, C, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        rows, cols, place, inside = elements_of_tile(tile_m, tile_n, N, V, BLOCK_M, BLOCK_N)
         target = tl.load(targets + rows, mask=rows < N, other=ignore_index)
         row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
         hit = (cols + first_class)[None, :] == target[:, None]
         d = tl.exp(logits - row_lse[:, None]) - tl.where(hit, 1.0, 0.0)
         # An ignored row's logits may be infinite.
         d = tl.where((target != ignore_index)[:, None], d, 0.0)
-        place = rows.to(tl.int64)[:, None] * V + cols[None, :]
-        tl.store(dlogits + place, d.to(dlogits.dtype.element_ty), mask=(rows < N)[:, None] & (cols < V)[None, :])
+        tl.store(dlogits + place, d.to(dlogits.dtype.element_ty), mask=inside)
 
 
 # Launchers.
@@ -118,10 +120,7 @@ def _lse_configs(arch: int, hidden: Tensor) -> list[Config]:
         shapes = [(128, 128, 32, 8, 3), (64, 128, 32, 4, 3)]
     else:
         shapes = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
-    return [
-        Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in shapes
-    ]
+    return as_configs(shapes)
 
 
 def launch_linear_cross_entropy_fwd(

@@ -22,9 +22,12 @@ from warploom_kernels._launch import (
 from warploom_kernels._products import (
     ACTIVATIONS,
     activate,
+    add_bias,
     add_product,
+    as_configs,
     as_rows,
     dot,
+    elements_of_tile,
     persistent_grid,
     place_of_tile,
     rounded,
@@ -67,11 +70,9 @@ def linear_glu_fwd_kernel(
             inside = (k < K)[:, None] & (cols < N)[None, :]
             gate_tile = dot(x_tile, tl.load(gate_weight + k[:, None] + weight_cols, mask=inside, other=0.0), gate_tile)
             up_tile = dot(x_tile, tl.load(up_weight + k[:, None] + weight_cols, mask=inside, other=0.0), up_tile)
-        if gate_bias is not None:
-            gate_tile += tl.load(gate_bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-            up_tile += tl.load(up_bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        place = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        gate_tile = add_bias(gate_tile, gate_bias, cols, N)
+        up_tile = add_bias(up_tile, up_bias, cols, N)
+        _, _, place, inside = elements_of_tile(tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
         if gate is not None:
             tl.store(gate + place, gate_tile.to(gate.dtype.element_ty), mask=inside)
             tl.store(up + place, up_tile.to(up.dtype.element_ty), mask=inside)
@@ -108,10 +109,8 @@ def linear_glu_bwd_dx_kernel(
             acc, none, dy, gate, None, None, up_weight, tile_m, tile_n, M, N, K, K, 1, N, 1, 0,
             ACTIVATION, 1, True, False, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        place = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        tl.store(dx + place, acc.to(dx.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+        _, _, place, inside = elements_of_tile(tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
+        tl.store(dx + place, acc.to(dx.dtype.element_ty), mask=inside)
 
 
 # Launchers.
@@ -130,10 +129,7 @@ def _configs(arch: int, dtype: torch.dtype, *strides: int, forward: bool) -> lis
         shapes = [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4)] if forward else [(128, 64, 64, 8, 2)]
     else:
         shapes = [(128, 64, 64, 8, 4)] if forward else [(64, 64, 64, 4, 2)]
-    return [
-        Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in shapes
-    ]
+    return as_configs(shapes)
 
 
 def launch_linear_glu_fwd(

@@ -10,7 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 from warploom_kernels._launch import architecture, launch, num_multiprocessors, power_of_2_key
-from warploom_kernels._products import NONE, add_product, as_rows, persistent_grid, place_of_tile, rounded, tile_configs
+from warploom_kernels._products import (
+    NONE,
+    add_bias,
+    add_plain_product,
+    add_product,
+    as_rows,
+    elements_of_tile,
+    persistent_grid,
+    place_of_tile,
+    rounded,
+    tile_configs,
+)
 
 
 @triton.jit
@@ -71,12 +82,9 @@ def linear_qkv_each_kernel(
             acc, sums, a, None, None, None, b, tile_m, tile_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
             0, NONE, 1, False, sums_q is not None, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        if bias_q is not None:
-            acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        place = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        tl.store(y + place, acc.to(y_q.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+        rows, cols, place, inside = elements_of_tile(tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
+        acc = add_bias(acc, bias, cols, N)
+        tl.store(y + place, acc.to(y_q.dtype.element_ty), mask=inside)
         if sums_q is not None:
             tl.store(row_sums + rows, sums.to(sums_q.dtype.element_ty), mask=(rows < M) & (tile_n == 0))
 
@@ -104,23 +112,11 @@ def linear_qkv_bwd_dx_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = place_of_tile(tile, tiles_m, tiles_n, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        none = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        acc, none = add_product(
-            acc, none, dq, None, None, None, q_weight, tile_m, tile_n, M, N, K_q, K_q, 1, N, 1,
-            0, NONE, 1, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        acc, none = add_product(
-            acc, none, dk, None, None, None, k_weight, tile_m, tile_n, M, N, K_k, K_k, 1, N, 1,
-            0, NONE, 1, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        acc, none = add_product(
-            acc, none, dv, None, None, None, v_weight, tile_m, tile_n, M, N, K_v, K_v, 1, N, 1,
-            0, NONE, 1, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        place = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        tl.store(dx + place, acc.to(dx.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+        acc = add_plain_product(acc, dq, q_weight, tile_m, tile_n, M, N, K_q, K_q, 1, N, 1, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = add_plain_product(acc, dk, k_weight, tile_m, tile_n, M, N, K_k, K_k, 1, N, 1, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = add_plain_product(acc, dv, v_weight, tile_m, tile_n, M, N, K_v, K_v, 1, N, 1, BLOCK_M, BLOCK_N, BLOCK_K)
+        _, _, place, inside = elements_of_tile(tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
+        tl.store(dx + place, acc.to(dx.dtype.element_ty), mask=inside)
 
 
 # Launchers.

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warploom_kernels._launch import INTERPRETER, Config, architecture, launch, power_of_2_key
-from warploom_kernels._products import NONE, add_product
+from warploom_kernels._products import add_plain_product, elements_of_tile
 
 
 @triton.jit
@@ -35,15 +35,12 @@ def newton_schulz_product_kernel(
     if not SYMMETRIC or tile_m >= tile_n:
         matrix = tl.program_id(1).to(tl.int64)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        none = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        acc, none = add_product(
-            acc, none, a + matrix * M * K, None, None, None, b + matrix * K * N, tile_m, tile_n, M, N, K,
-            K, 1, stride_bk, stride_bn, 0, NONE, 1, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
+        acc = add_plain_product(
+            acc, a + matrix * M * K, b + matrix * K * N, tile_m, tile_n, M, N, K, K, 1, stride_bk, stride_bn,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
-        place = matrix * M * N + rows.to(tl.int64)[:, None] * N + cols[None, :]
+        rows, cols, place, inside = elements_of_tile(tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
+        place += matrix * M * N
         acc *= alpha
         if addend is not None:
             acc += beta * tl.load(addend + place, mask=inside, other=0.0).to(tl.float32)
