@@ -28,7 +28,7 @@ import triton
 import tyro
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 import warploom_kernels
 from bench.harness import print_table, write_records
@@ -402,7 +402,7 @@ _TYPE_NAMES = {
 def compile_launch(shape: Shape, launch: Launch, config: Config, card: Card) -> Compiled:
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     target = GPUTarget("cuda", card.architecture, 32)
-    kernel = triton.compile(_source(launch, config), target=target, options=options)
+    kernel = _compile(_source(launch, config), target, options)
     name = launch.kernel.__name__
     registers, stack = _resources(kernel.asm["cubin"])
     spilled = max(0, stack - LOCAL_ARRAY.get(name, 0))
@@ -423,6 +423,16 @@ def compile_launch(shape: Shape, launch: Launch, config: Config, card: Card) -> 
         getattr(kernel.metadata, "tmem_size", None) or 0, blocks * config.num_warps,
         _matrix_instruction(kernel.asm["ptx"]), bounds[by] * 1e6 or None, by,
     )  # fmt: skip
+
+
+def _compile(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> CompiledKernel:
+    for _ in range(10):
+        try:
+            return triton.compile(source, target=target, options=options)
+        except SystemError as error:  # CPython 3.11: threads that parse at once share a count (python/cpython#106905)
+            if "AST constructor recursion depth" not in str(error):
+                raise
+    return triton.compile(source, target=target, options=options)
 
 
 def _matrix_instruction(ptx: str) -> str:

@@ -118,7 +118,6 @@ class Op:
     mutates: tuple[str, ...] = ()
     # "<operator suffix>/<back end>" -> times chosen. For tests: threads that race may lose a count.
     calls: Counter[str] = field(default_factory=Counter)
-    _choices: dict[str, str] = field(default_factory=dict)  # by device
 
     def __post_init__(self) -> None:
         REGISTRY[self.name] = self
@@ -197,9 +196,7 @@ class Op:
 
     def choice(self, device: str) -> str:
         """Name the back end that serves this device when none is forced and it refuses no argument."""
-        if device not in self._choices:  # what is missing stays so while a process lives
-            self._choices[device] = next(name for name in _order(device) if self.refusal(name, device) is None)
-        return self._choices[device]
+        return next(name for name in _order(device) if self.refusal(name, device) is None)
 
     def forced(self) -> str | None:
         """Name the back end that the user demands for this op, None if the choice is free."""

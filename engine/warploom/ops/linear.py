@@ -7,6 +7,7 @@ leaves the accumulator unrounded. PackedWeight keeps what the product reads of a
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 
@@ -110,7 +111,7 @@ class PackedWeight:
         """Return the panels of the weight as it is now, for activations of this dtype; None where none are read."""
         if weight.device.type == "cuda" or OP.forced() == "triton":
             return self._copy(weight, dtype)
-        if not _packs(dtype) or OP.choice(weight.device.type) != "cpu" or (OP.forced() or "cpu") != "cpu":
+        if not _packs(dtype) or not _has_kernel(weight.device.type) or (OP.forced() or "cpu") != "cpu":
             return None
         panels = self._allocated(weight, dtype)
         if weight._version != self._version or not self._sample_is_as_it_was():
@@ -273,12 +274,19 @@ def _fake_bwd(dy, x, weight, panels, saved, activation, need_dx, need_dweight, n
     return dx, dweight, weight.new_empty(weight.shape[:1] if need_dbias else 0)
 
 
+@functools.cache  # what is missing stays so while a process lives
+def _has_kernel(device: str) -> bool:
+    return OP.choice(device) == "cpu"
+
+
 def _packs(dtype: torch.dtype) -> bool:
     """Whether the C++ kernels take plain products of this dtype."""
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _refuses_mask(masked: bool) -> str | None:
+def _cpu_refuses(weight: Tensor, masked: bool) -> str | None:
+    if weight.numel() == 0:
+        return f"its weight has elements, got {tuple(weight.shape)}"
     return "its backward reads ReLU's output, and no bit mask of it" if masked else None
 
 
@@ -334,7 +342,7 @@ def _case(*shape, C, bias=True, activation="none", transposed=False):
             return torch.randn(size, generator=generator, dtype=torch.float64)
 
         weight = draw(C, shape[-1]).mT if transposed else draw(shape[-1], C)
-        inputs = {"x": draw(*shape[:-1], C), "weight": weight * C**-0.5}
+        inputs = {"x": draw(*shape[:-1], C), "weight": weight * max(C, 1) ** -0.5}
         if bias:
             inputs["bias"] = draw(shape[-1])
         if activation != "none":
@@ -383,11 +391,11 @@ OP = Op(
             missing=lambda: _extension.why_missing("linear_fwd", "linear_bwd", "linear_pack"),
             leaves="products without an activation in float32, or of few rows with a large weight that is not packed",
             refuses={
-                "fwd": lambda x, weight, bias, panels, activation, need_saved: _refuses_mask(
-                    activation == "relu" and need_saved
+                "fwd": lambda x, weight, bias, panels, activation, need_saved: _cpu_refuses(
+                    weight, activation == "relu" and need_saved
                 ),
-                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: _refuses_mask(
-                    activation == "relu" and saved.dtype == torch.uint8
+                "bwd": lambda dy, x, weight, panels, saved, activation, *needs: _cpu_refuses(
+                    weight, activation == "relu" and saved.dtype == torch.uint8
                 ),
             },
             slower={
@@ -459,6 +467,8 @@ OP = Op(
         Case("one_row", _case(6, C=9)),
         Case("one_element", _case(1, 1, C=1)),
         Case("no_rows", _case(0, 8, C=8)),
+        Case("no_inputs", _case(5, 8, C=0)),
+        Case("no_outputs", _case(5, 0, C=8)),
         *(
             Case(f"{N}x{C}x{width}_{name}", _case(N, width, C=C, activation=name))
             for N, C, width, name in (
