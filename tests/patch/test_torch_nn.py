@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tests.patch.rule import excesses
+from tests.patch.rule import calls, check_module, draw
 
 import warploom
 from warploom.ops import REGISTRY
@@ -19,14 +19,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def calls(op):
-    return sum(count for key, count in REGISTRY[op].calls.items() if key.startswith("fwd"))
-
-
 def check(model, inputs, ops, autocast=False, **options):
     """Output and gradients of the patched model are those of the plain one; each op in `ops` is called so often."""
     torch.manual_seed(0)
@@ -34,28 +26,7 @@ def check(model, inputs, ops, autocast=False, **options):
         nn.init.normal_(parameter, std=0.3)
     patched = copy.deepcopy(model)
     report = warploom.patch(patched)
-
-    def evaluate(module, autocast=False):
-        is_exact = next(module.parameters()).dtype == torch.float64
-        leaves = [(x.double() if is_exact else x.clone()).requires_grad_(module.training) for x in inputs]
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = module(*leaves, **options)
-        y = y[0] if isinstance(y, tuple) else y
-        results = {"output": y.detach()}
-        if module.training:
-            named = {f"d{i}": x for i, x in enumerate(leaves)} | dict(module.named_parameters())
-            gradients = torch.autograd.grad(y.double().square().sum(), list(named.values()), allow_unused=True)
-            results |= {name: dx for name, dx in zip(named, gradients, strict=True) if dx is not None}
-        return results
-
-    before = {op: calls(op) for op in REGISTRY}
-    found = evaluate(patched, autocast)
-    assert {op: calls(op) - before[op] for op in REGISTRY if calls(op) > before[op]} == ops
-    plain = evaluate(model, autocast)
-    assert list(found) == list(plain)
-    assert all((found[key].dtype, found[key].shape) == (x.dtype, x.shape) for key, x in plain.items())
-    is_16_bit = autocast or inputs[0].dtype == torch.bfloat16
-    assert excesses(found, plain, model, evaluate, torch.bfloat16 if is_16_bit else torch.float32) == []
+    check_module(patched, model, inputs, ops, autocast, **options)
     return report
 
 
@@ -98,6 +69,7 @@ def test_a_machine_without_the_kernel_is_left_alone(monkeypatch):
     backends = {**REGISTRY["layer_norm"].backends}
     backends.pop("cpu")
     monkeypatch.setattr(REGISTRY["layer_norm"], "backends", backends)
+    monkeypatch.setattr(REGISTRY["layer_norm"], "_choices", {})  # earlier calls chose what is gone now
     report = warploom.patch(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)))
     assert [entry.kind for entry in report.swapped] == ["linear"]
     assert [entry.reason for entry in report.left] == [
@@ -191,8 +163,12 @@ def test_attention_weights_are_torchs():
     x = draw(2, 7, 16)
     expected, found = model(x, x, x), patched(x, x, x)
     assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1])
-    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
-        patched(x, x, x, need_weights=False, is_causal=True)
+
+
+def test_a_module_of_warploom_is_on_the_ops_already():
+    model = nn.ModuleDict({"ours": warploom.nn.MultiheadAttention(16, 4), "norm": warploom.nn.LayerNorm(16)})
+    report = warploom.patch(model)
+    assert report.swapped == () and report.left == ()
 
 
 LAYER = dict(d_model=16, nhead=4, dim_feedforward=32, dropout=0.0)

@@ -114,12 +114,12 @@ class Transformer(nn.Module):
         self.compute_dtype = torch.float32
         self.class_shard: ClassShard | None = None  # set where other processes hold the rest of the vocabulary
         scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-        self.embedding = Embedding(config.vocab_size, config.d_model, scale)
+        self.embedding = Embedding(config.vocab_size, config.d_model, scale=scale)
         self.source_embedding: Embedding | None = None
         self.encoder: Stack | None = None
         if config.architecture == "encoder-decoder":
             if config.source_vocab_size is not None:
-                self.source_embedding = Embedding(config.source_vocab_size, config.d_model, scale)
+                self.source_embedding = Embedding(config.source_vocab_size, config.d_model, scale=scale)
             self.encoder = Stack(config, config.encoder_layers, causal=False, cross=False)
         self.stack = Stack(
             config,

@@ -4,6 +4,7 @@ from warploom.nn.attention import AttentionCache, AttentionContext, CrossAttenti
 from warploom.nn.embedding import Embedding
 from warploom.nn.feed_forward import GEGLU, FeedForward, SwiGLU
 from warploom.nn.linear import Linear
+from warploom.nn.multihead_attention import MultiheadAttention
 from warploom.nn.norm import LayerNorm, RMSNorm
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FeedForward",
     "LayerNorm",
     "Linear",
+    "MultiheadAttention",
     "RMSNorm",
     "SelfAttention",
     "SwiGLU",

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from warploom.nn.norm import epsilon
 from warploom.ops.layer_norm import layer_norm
 from warploom.ops.rms_norm import rms_norm
 from warploom.patch.swap import Plan, Swap
@@ -32,11 +33,8 @@ class RMSNormSwap(Swap):
     eps: float | None
 
     def forward(self, x: Tensor) -> Tensor:
-        eps = self.eps
-        if eps is None:  # torch's default: the sums run in float32
-            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        return rms_norm(x.to(dtype), self.weight.to(dtype), eps).to(x.dtype)  # type: ignore[union-attr]
+        return rms_norm(x.to(dtype), self.weight.to(dtype), epsilon(self.eps, x.dtype)).to(x.dtype)  # type: ignore[union-attr]
 
 
 class LlamaRMSNormSwap(Swap):

@@ -4,86 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
-from warploom.patch.attend import attend
-from warploom.patch.dense import LinearSwap, dense, has_hooks, op_activation, plan_linear
+from warploom.nn.autocast import dense
+from warploom.nn.multihead_attention import MultiheadAttention
+from warploom.patch.dense import LinearSwap, has_hooks, op_activation, plan_linear
 from warploom.patch.norms import plan_norm
 from warploom.patch.swap import Plan, Swap
 
 
-class MultiheadAttentionSwap(Swap):
-    """torch.nn.MultiheadAttention; torch's own forward where attention weights are asked for or dropped out."""
-
-    num_heads: int
-    head_dim: int
-    dropout: float
-    batch_first: bool
-    in_proj_weight: Tensor
-    in_proj_bias: Tensor | None
-    q_proj_weight: Tensor
-    k_proj_weight: Tensor
-    v_proj_weight: Tensor
-    out_proj: nn.Linear
-    _qkv_same_embed_dim: bool
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        dropped_out = self.training and self.dropout > 0
-        hint_alone = is_causal and attn_mask is None  # an error, which torch words
-        if need_weights or dropped_out or hint_alone or query.is_nested or key.is_nested:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
-        is_batched = query.dim() == 3
-        # (B, T, C)
-        q, k, v = self._projected(query, key, value)
-        if not is_batched:
-            q, k, v = q[None], k[None], v[None]
-        elif not self.batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        B, T, S = q.shape[0], q.shape[1], k.shape[1]
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        causal = is_causal and key_padding_mask is None and T == S
-        masks = []
-        if attn_mask is not None and not causal:
-            masks.append(_visible(attn_mask.view(-1, self.num_heads if attn_mask.dim() == 3 else 1, T, S)))
-        if key_padding_mask is not None:
-            masks.append(_visible(key_padding_mask.view(B, 1, 1, S)))
-        o = attend(q, k, v, masks, causal=causal).transpose(1, 2).flatten(2)  # (B, T, C)
-        if not is_batched:
-            o = o[0]
-        elif not self.batch_first:
-            o = o.transpose(0, 1)
-        return dense(o, self.out_proj.weight, self.out_proj.bias), None
-
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        bias = self.in_proj_bias
-        weights: tuple[Tensor, ...]
-        if not self._qkv_same_embed_dim:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        elif query is key and key is value:
-            return dense(query, self.in_proj_weight, bias).chunk(3, -1)
-        else:
-            weights = self.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(dense(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """torch.nn's bool masks say which keys are hidden."""
-    return ~mask if mask.dtype == torch.bool else mask
+class MultiheadAttentionSwap(Swap, MultiheadAttention):
+    """torch.nn.MultiheadAttention."""
 
 
 class _TransformerLayerSwap(Swap):
@@ -165,6 +97,8 @@ def plan_layers(plan: Plan) -> None:
             _plan_sequential(plan, path, module)
         elif type(module) is nn.MultiheadAttention:
             _plan_attention(plan, path, module)
+        elif isinstance(module, MultiheadAttention):
+            plan.skip(module.out_proj)  # which is on the op already
         else:
             plan_norm(plan, path, module)
             plan_linear(plan, path, module)

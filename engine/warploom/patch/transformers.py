@@ -17,8 +17,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from warploom.errors import UserError
+from warploom.nn.masked_attention import attend
 from warploom.ops.cross_entropy import cross_entropy
-from warploom.patch.attend import attend
 from warploom.patch.dense import plan_pair
 from warploom.patch.swap import Plan, obstacle
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from warploom.nn.autocast import autocast
 from warploom.ops.attention import attention
-from warploom.patch.dense import autocast
 
 # The op multiplies scores by log2(e), which takes the least finite number to -inf. They are not the same: a query whose
 # keys are all masked by a finite number sees them all alike, one whose keys are all at -inf sees none.

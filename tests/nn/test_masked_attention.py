@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from warploom.nn.masked_attention import _read_mask, attend
 from warploom.ops import REGISTRY
-from warploom.patch.attend import _read_mask, attend
 
 
 def draw(*shape, seed=0):
