@@ -1,11 +1,14 @@
-"""What the pages of docs/ say of the tree: the tests they name are there."""
+"""What the pages of docs/ say of the tree: the tests and modules they name are there."""
 
 import ast
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from tests.cli import test_hostile, test_hostile_files
+
+import warploom.nn
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"]
@@ -46,6 +49,11 @@ def test_every_hostile_input_is_tested_or_open():
     unnamed = {int(number) for number, cells in rows.items() if not cells[-1]}
     assert unnamed <= met
     assert not {int(number) for number, cells in rows.items() if cells[-1] == "open"} & met
+
+
+def test_the_modules_with_names_of_torch_are_those_of_the_page():
+    named = re.findall(r"\w+", " ".join(table("dropin.md", r"`\w+`(, `\w+`)*")))
+    assert sorted(named) == [name for name in warploom.nn.__all__ if hasattr(torch.nn, name)]
 
 
 def rows_of(function):
