@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from warploom.curate.document import Document
 from warploom.curate.quality import C4Lines, FineWeb, GopherQuality, RefinedWebLines
 from warploom.curate.repetition import GopherRepetition
 from warploom.curate.steps import PRESETS, STEPS, build_steps
-from warploom.curate.words import split_words
+from warploom.curate.words import count_words, split_words
 from warploom.errors import UserError
 
 
@@ -63,6 +64,23 @@ def test_duplicate_lines_and_paragraphs():
     assert found["duplicate_line_chars"] == pytest.approx((3 + 10) / 35, abs=1e-5)
     assert found["duplicate_paragraphs"] == pytest.approx(1 / 3, abs=1e-5)
     assert found["duplicate_paragraph_chars"] == pytest.approx(10 / 35, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_paragraphs_are_what_stands_between_empty_lines(seed):
+    rng = random.Random(seed)
+    text = "".join(rng.choices(["a", "b", "\n", "\n\n", " "], k=rng.randrange(40)))
+    parts = [part for part in re.split(r"\n{2,}", text.strip()) if part]
+    found, _ = scores(GopherRepetition(), text)
+    again = len(parts) - len(set(parts))
+    assert found["duplicate_paragraphs"] == pytest.approx(again / max(len(parts), 1), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "a", " a", "a ", "a b", "\u2003caf\u00e9\x1f\u4e2d \U00020001\n", "a\x85b\u200bc"]
+)
+def test_counted_words_are_those_of_split(text):
+    assert count_words(text) == len(text.split())
 
 
 def test_words_longer_than_the_hashing_block(monkeypatch):

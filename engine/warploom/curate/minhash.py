@@ -20,7 +20,11 @@ def shingles(text: str, n: int = 5) -> np.ndarray:
     """
     words = split_words(text, "letters")
     grams = gram_hashes(words.hashes, min(n, len(words)) if len(words) else n)
-    return np.unique((grams >> np.uint64(32)).astype(np.uint32))
+    hashes = (grams >> np.uint64(32)).astype(np.uint32)
+    hashes.sort()  # np.unique goes through a hash table, which takes six times as long
+    first = np.ones(len(hashes), dtype=bool)
+    np.not_equal(hashes[1:], hashes[:-1], out=first[1:])
+    return hashes[first]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from warploom.curate.document import Document, Step, at_least, at_most
-from warploom.curate.words import is_alphabetic, lookup, split_words
+from warploom.curate.words import count_words, is_alphabetic, lookup, split_words
 
 _BULLETS = (
     "\u2022",
@@ -130,10 +130,11 @@ class C4Lines(Step):
     def apply(self, document: Document) -> None:
         lowered = document.text.lower()
         phrases = sum(phrase in lowered for phrase in self.page_phrases)
+        line_phrases = [phrase for phrase in self.line_phrases if phrase in lowered]  # mostly none: lines are spared
         kept = []
         counts: Counter[str] = Counter()
         for line in document.text.split("\n"):
-            reason = self._reason(line.strip())
+            reason = self._reason(line.strip(), line_phrases)
             if reason:
                 counts[reason] += 1
             else:
@@ -150,19 +151,20 @@ class C4Lines(Step):
             },
         )
 
-    def _reason(self, line: str) -> str | None:
+    def _reason(self, line: str, phrases: list[str]) -> str | None:
+        """Why the line goes; phrases: those of line_phrases that the page has."""
         if not line:
             return None
         if self.terminal_punctuation and not line.endswith((".", "!", "?", '"', "\u201d")) or line.endswith("..."):
             return "line without end mark"
-        words = line.split()
-        if len(words) < self.min_line_words:
+        if self.min_line_words > 0 and len(line.split(None, self.min_line_words - 1)) < self.min_line_words:
             return "line too short"
-        if len(line) > self.max_word_chars and max(map(len, words)) > self.max_word_chars:
+        if len(line) > self.max_word_chars and max(map(len, line.split())) > self.max_word_chars:
             return "line with endless word"
-        lowered = line.lower()
-        if any(phrase in lowered for phrase in self.line_phrases):
-            return "line of policy or script"
+        if phrases:
+            lowered = line.lower()
+            if any(phrase in lowered for phrase in phrases):
+                return "line of policy or script"
         return None
 
 
@@ -194,7 +196,7 @@ class FineWeb(Step):
                 "punctuated_lines": sum(line.rstrip().endswith(_TERMINAL) for line in lines) / count,
                 "short_lines": sum(len(line) <= self.short_line_chars for line in lines) / count,
                 "duplicate_line_chars": duplicate_chars / max(chars, 1),
-                "newlines_per_word": document.text.count("\n") / max(len(document.text.split()), 1),
+                "newlines_per_word": document.text.count("\n") / max(count_words(document.text), 1),
             },
         )
 

@@ -6,7 +6,6 @@ repeated: one sort of all bigrams, and ever smaller ones after it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ import numpy as np
 
 from warploom.curate.document import Document, Step, at_most
 from warploom.curate.words import Words, extend_grams
-
-_PARAGRAPH = re.compile(r"\n{2,}")
 
 
 @dataclass(kw_only=True)
@@ -42,7 +39,9 @@ class GopherRepetition(Step):
         text = document.text
         num_chars = max(len(text), 1)
         scores = {}
-        for name, parts in (("line", text.split("\n")), ("paragraph", _PARAGRAPH.split(text.strip()))):
+        # Of more than two newlines the rest stays in front of the next paragraph.
+        paragraphs = [part.lstrip("\n") for part in text.strip().split("\n\n")]
+        for name, parts in (("line", text.split("\n")), ("paragraph", paragraphs)):
             parts = [part for part in parts if part]
             count, chars = _duplicates(parts)
             scores[f"duplicate_{name}s"] = count / max(len(parts), 1)
@@ -62,25 +61,29 @@ def _duplicates(parts: list[str]) -> tuple[int, int]:
 def gram_repetition(words: Words) -> Iterator[tuple[int, int]]:
     """For n = 2..4, (n, characters of the most frequent n-gram times its occurrences, 0 if it occurs once); for n =
     5..10, (n, characters in n-grams that occurred before), none counted twice."""
-    ends = np.concatenate([[0], np.cumsum(words.lengths)])  # characters of the words before each
+    ends = np.zeros(len(words) + 1, dtype=np.int64)  # characters of the words before each
+    np.cumsum(words.lengths, out=ends[1:])
     places = np.arange(len(words))
     grams = words.hashes
     for n in range(2, 11):
-        inside = places <= len(words) - n
-        places, grams = places[inside], grams[inside]
+        num_inside = int(np.searchsorted(places, len(words) - n, side="right"))  # places ascend
+        places, grams = places[:num_inside], grams[:num_inside]
         grams = extend_grams(grams, words.hashes[places + n - 1])
         order = np.argsort(grams)
         ordered = grams[order]
-        borders = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else order
-        counts = np.diff(np.append(borders, len(ordered)))
-        repeated = np.repeat(counts > 1, counts)
+        same = ordered[1:] == ordered[:-1]
+        if not same.any():
+            yield from ((longer, 0) for longer in range(n, 11))
+            return
+        repeated = np.zeros(len(ordered), dtype=bool)
+        repeated[1:] = same
         if n <= 4:
-            if not repeated.any():
-                yield n, 0
-            else:
-                firsts = np.minimum.reduceat(places[order], borders)
-                first = int(firsts[counts == counts.max()].min())
-                yield n, int(ends[first + n] - ends[first] + n - 1) * int(counts.max())
+            borders = np.flatnonzero(~repeated)
+            counts = np.diff(borders, append=len(ordered))
+            firsts = np.minimum.reduceat(places[order], borders)
+            first = int(firsts[counts == counts.max()].min())
+            yield n, int(ends[first + n] - ends[first] + n - 1) * int(counts.max())
+        repeated[:-1] |= same
         kept = order[repeated]
         kept.sort()
         places, grams = places[kept], grams[kept]

@@ -64,15 +64,27 @@ def split_words(text: str, splitter: Splitter) -> Words:
     inside = lookup(codes, _is_space if splitter == "space" else _is_letter)
     if splitter == "space":
         inside = ~inside
-    edges = np.flatnonzero(np.diff(inside.view(np.int8), prepend=0, append=0))
-    starts, ends = edges[0::2], edges[1::2]
+    starts, ends = runs(inside)
     return Words(starts, ends, _word_hashes(codes, starts, ends), codes)
+
+
+def runs(inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, ends) of the runs of True in a (num_chars,) bool array, int64."""
+    framed = np.zeros(len(inside) + 2, dtype=bool)
+    framed[1:-1] = inside
+    edges = np.flatnonzero(framed[1:] != framed[:-1])
+    return edges[0::2], edges[1::2]
+
+
+def count_words(text: str) -> int:
+    """len(text.split()) without making the words."""
+    space = lookup(code_points(text), _is_space)
+    return int(np.count_nonzero(space[:-1] & ~space[1:])) + bool(len(space) and not space[0])
 
 
 def lookup(codes: np.ndarray, table: Callable[[], np.ndarray]) -> np.ndarray:
     """(num_chars,) bool: a property of each code point, from one of this module's tables."""
-    values = table()
-    return values[codes] if codes.dtype == np.uint8 else values.take(codes, mode="clip")
+    return table().take(codes, mode="clip")
 
 
 @functools.cache
