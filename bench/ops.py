@@ -1,14 +1,19 @@
 """Every op against what a torch user would write, on the bench cases of the ops' own records.
 
-    python -m bench.ops [--op NAME ...] [--dtype bf16] [--quick] [--json FILE]
+    python -m bench.ops [--op NAME ...] [--dtype bf16] [--quick] [--memory] [--json FILE]
 
 Before anything is timed, outputs and gradients must pass the error rule of the contract tests; an op that does not ends
 the bench with exit code 1. ratio is torch's time over this subject's. share is the time of the matrix products, or of
-the copying, that no implementation can avoid, at the rate measured in the same rounds, over the time taken.
+the copying, that no implementation can avoid, at the rate measured in the same rounds, over the time taken. extra MB,
+with --memory, is what a forward and a backward pass take resident at their peak beside arguments and results, in a
+process of its own.
 """
 
 from __future__ import annotations
 
+import gc
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -111,6 +116,35 @@ def bench(op: Op, case: BenchCase, dtype_name: str, budget_s: float) -> Iterator
             }
 
 
+def extra_bytes(op: Op, case: BenchCase, dtype_name: str, subject: str) -> int:
+    """The memory of one forward and backward pass beside arguments and results, measured in a process of its own."""
+    command = [sys.executable, "-m", "bench.ops", "--op", op.name, "--dtype", dtype_name]
+    command += ["--memory-of", case.name, subject, "--threads", str(torch.get_num_threads())]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure_extra_bytes(op: Op, case: BenchCase, dtype: torch.dtype, subject: str) -> int:
+    """extra_bytes in this process, whose allocator must be as the system has it: kept memory would hide new needs."""
+    function = op.function if subject == "warploom" else op.torch_peer
+    Trial(op, next(small for small in op.cases if dtype in small.dtypes), dtype).evaluate(function)  # loads libraries
+    trial = Trial(op, case, dtype, draws=1)
+    arguments = trial.arguments()
+    leaves = [arguments[name] for name in trial.differentiable]
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, see proc(5)
+    before = _resident_bytes("VmRSS")
+    outputs = as_tuple(function(**arguments))
+    gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs]) if leaves else ()
+    results = sum(result.nbytes for result in (*outputs, *gradients) if isinstance(result, torch.Tensor))
+    return _resident_bytes("VmHWM") - before - results
+
+
+def _resident_bytes(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Time every op, forward and backward, against plain torch."""
@@ -125,8 +159,12 @@ class Arguments:
     """Seconds of timing per shape, dtype and direction, all subjects together; at least five rounds are made."""
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
+    memory: bool = False
+    """Measure too what a pass takes beside arguments and results. Linux only."""
     json: Path | None = None
     """Write the records there as JSON."""
+    memory_of: tuple[str, str] | None = None
+    """Internal: the shape and the subject whose memory is to be measured in this process."""
 
 
 def main(arguments: Arguments) -> None:
@@ -135,6 +173,12 @@ def main(arguments: Arguments) -> None:
     for name, known in [(op, REGISTRY) for op in arguments.op] + [(dtype, DTYPES) for dtype in arguments.dtype]:
         if name not in known:
             raise UserError(f"there is nothing called {name!r} to bench{nearest(name, known)}")
+    if arguments.memory_of is not None:
+        shape, subject = arguments.memory_of
+        op = REGISTRY[arguments.op[0]]
+        case = next(case for case in op.bench_cases if case.name == shape)
+        print(measure_extra_bytes(op, case, DTYPES[arguments.dtype[0]], subject))
+        return
     keep_freed_memory()  # for both sides, as in training: a page fault costs more than many a small op
     print_fingerprint()
     budget_s = arguments.budget_s / (10 if arguments.quick else 1)
@@ -144,9 +188,13 @@ def main(arguments: Arguments) -> None:
         for case in op.bench_cases[: 1 if arguments.quick else None]:
             for dtype in arguments.dtype:
                 records += bench(op, case, dtype, budget_s)
+                if arguments.memory:
+                    extra = {subject: extra_bytes(op, case, dtype, subject) for subject in ("warploom", "torch")}
+                    for record in records[-2:]:  # of the last direction
+                        record["extra_bytes"] = extra[record["subject"]]
     print_table(
         "ops (ratio: torch's time over this one's; share: of the ceiling measured in this run)",
-        ("op", "shape", "direction", "dtype", "subject", "ms", "spread", "ratio", "share"),
+        ("op", "shape", "direction", "dtype", "subject", "ms", "spread", "ratio", "share", "extra MB"),
         [
             (
                 *(record[key] for key in ("op", "shape", "direction", "dtype")),
@@ -155,6 +203,7 @@ def main(arguments: Arguments) -> None:
                 f"{record['spread']:.0%}",
                 f"{record['ratio']:.2f}x",
                 f"{record['share_of_ceiling']:.2f}",
+                f"{record['extra_bytes'] / 1e6:.1f}" if "extra_bytes" in record else "",
             )
             for record in records
         ],

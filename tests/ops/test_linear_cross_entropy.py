@@ -50,6 +50,17 @@ def test_nothing_to_predict():
         assert not results[0][1].any() and not results[0][2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_backward_pass_gives_the_gradients_again(dtype):
+    hidden, weight = torch.randn(6, 8, dtype=dtype).requires_grad_(), torch.randn(5, 8, dtype=dtype).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, -100, 3, 0, 4, 2]))
+    once = torch.autograd.grad(loss, (hidden, weight), torch.tensor(3.0), retain_graph=True)
+    kept = [gradient.clone() for gradient in once]
+    again = torch.autograd.grad(loss, (hidden, weight), torch.tensor(3.0))
+    for first, second, copy in zip(once, again, kept, strict=True):
+        assert first.equal(copy) and second.equal(copy) and first.data_ptr() != second.data_ptr()
+
+
 def test_ignored_rows_may_hold_anything():
     """Padding is often never written; NaN there must not reach the weights."""
     hidden = torch.randn(4, 8)

@@ -89,25 +89,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, mean, need_dhidden, need_dweight):
         ctx.recompute = hidden.dtype in (torch.bfloat16, torch.float16) or OP.forced() in ("cpu", "triton")
-        needs = (need_dhidden, need_dweight)
-        loss, count, lse, dhidden, dweight = torch.ops.warploom.linear_cross_entropy_fwd.default(
-            hidden, weight, targets, ignore_index, *((False, False) if ctx.recompute else needs)
+        ctx.ignore_index, ctx.mean, ctx.needs = ignore_index, mean, (need_dhidden, need_dweight)
+        loss, count, lse, *gradients = torch.ops.warploom.linear_cross_entropy_fwd.default(
+            hidden, weight, targets, ignore_index, *((False, False) if ctx.recompute else ctx.needs)
         )
-        ctx.save_for_backward(count, *((hidden, weight, targets, lse) if ctx.recompute else (dhidden, dweight)))
-        ctx.ignore_index, ctx.mean, ctx.needs = ignore_index, mean, needs
+        # The gradients are no saved tensors, so that the backward pass may scale them where they are: dweight is the
+        # largest tensor of all. It takes them with it; a second one has them made again.
+        ctx.gradients = None if ctx.recompute else gradients
+        ctx.save_for_backward(count, hidden, weight, targets, lse)
         return loss / count if mean else loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        count, *saved = ctx.saved_tensors
+        count, hidden, weight, targets, lse = ctx.saved_tensors
         # The clamp keeps the zero gradients of a batch with nothing to predict: 0 / 0 would make them NaN.
         scale = dloss / count.clamp(min=1) if ctx.mean else dloss
+        inputs = hidden, weight, targets
         if ctx.recompute:
-            saved = torch.ops.warploom.linear_cross_entropy_bwd.default(scale, *saved, ctx.ignore_index, *ctx.needs)
+            gradients = torch.ops.warploom.linear_cross_entropy_bwd.default(
+                scale, *inputs, lse, ctx.ignore_index, *ctx.needs
+            )
         else:
-            saved = [gradient * scale for gradient in saved]
-        dhidden, dweight = (gradient if need else None for gradient, need in zip(saved, ctx.needs, strict=True))
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                *_, dhidden, dweight = torch.ops.warploom.linear_cross_entropy_fwd.default(
+                    *inputs, ctx.ignore_index, *ctx.needs
+                )
+                gradients = dhidden, dweight
+            for gradient in gradients:
+                gradient.mul_(scale)
+        dhidden, dweight = (gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True))
         return dhidden, dweight, *(None,) * 5
 
 
@@ -240,7 +252,9 @@ def _cpu_forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweig
     logits = x.new_empty(chunk, V)
     loss = torch.zeros((), dtype=torch.float64)
     dhidden = x.new_empty((N, C) if need_dhidden else 0)
-    dweight = torch.zeros_like(w) if need_dweight else w.new_empty(0)
+    dweight = torch.empty_like(w) if need_dweight else w.new_empty(0)
+    if N == 0:
+        dweight.zero_()
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         dlogits = torch.mm(x[rows], w.mT, out=logits[: rows.stop - start])  # (n, V), logits for one line more
@@ -248,7 +262,7 @@ def _cpu_forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweig
         if need_dhidden:
             torch.mm(dlogits, w, out=dhidden[rows])
         if need_dweight:
-            dweight.addmm_(dlogits.mT, x[rows])
+            dweight.addmm_(dlogits.mT, x[rows], beta=int(start > 0))  # with 0 nothing is read
     dhidden = dhidden.view(hidden.shape) if need_dhidden else dhidden
     return loss.to(x.dtype), kept.sum().to(x.dtype), x.new_empty(0), dhidden, dweight.to(weight.dtype)
 
