@@ -33,8 +33,7 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_any, const Tensor& weight_
     using T = decltype(x_element);
     using W = decltype(weight_element);
     kernels.fwd({data<T>(x), data<W>(weight), data<W>(bias), checked_packed(packed, weight, x), data<T>(y),
-                 need_h ? data<T>(h) : nullptr, activation_of(activation), y.numel() / (F > 0 ? F : 1), C, F,
-                 transposed});
+                 need_h ? data<T>(h) : nullptr, activation_of(activation), num_rows(x), C, F, transposed});
   });
   return {y, h};
 }
@@ -66,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy_any, const Tensor
     using W = decltype(weight_element);
     kernels.bwd({data<T>(dy), data<T>(x), data<W>(weight), checked_packed(packed, weight, x), data<T>(saved),
                  need_dx ? data<T>(dx) : nullptr, need_dweight ? data<W>(dweight) : nullptr,
-                 need_dbias ? data<W>(dbias) : nullptr, kind, dy.numel() / (F > 0 ? F : 1), C, F, transposed});
+                 need_dbias ? data<W>(dbias) : nullptr, kind, num_rows(x), C, F, transposed});
   });
   return {dx, dweight, dbias};
 }

@@ -13,6 +13,9 @@ inline std::vector<int64_t> output_shape(const Tensor& x, int64_t F) {
   return shape;
 }
 
+// Of x (..., C) the rows, which the number of its elements does not tell if C is 0.
+inline int64_t num_rows(const Tensor& x) { return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)); }
+
 inline int64_t packed_bytes(const Tensor& weight, at::ScalarType dtype) {
   int64_t bytes = 0;
   switch_dtype(at::empty({0}, dtype),

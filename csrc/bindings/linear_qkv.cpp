@@ -23,7 +23,7 @@ std::vector<Tensor> linear_qkv_fwd(const Tensor& x_any, const std::vector<Tensor
       using T = decltype(x_element);
       using W = decltype(weight_element);
       kernels.fwd({data<T>(x), data<W>(weight), data<W>(bias), checked_packed(packed, weight, x), data<T>(y), nullptr,
-                   cpu::Activation::kNone, y.numel() / (F > 0 ? F : 1), C, F});
+                   cpu::Activation::kNone, num_rows(x), C, F});
     });
     outputs.push_back(y);
   }
@@ -60,8 +60,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> linear_qkv_bwd(
                         checked_packed(panels.get(i), weights[i], x), need_dweight ? data<W>(dweights[i]) : nullptr,
                         need_dbias ? data<W>(dbiases[i]) : nullptr, weights[i].size(0)});
     }
-    kernels.bwd({data<T>(x), need_dx ? data<T>(dx) : nullptr, layers.data(), static_cast<int>(count),
-                 x.numel() / (C > 0 ? C : 1), C});
+    kernels.bwd({data<T>(x), need_dx ? data<T>(dx) : nullptr, layers.data(), static_cast<int>(count), num_rows(x), C});
   });
   return {dx, dweights, dbiases};
 }

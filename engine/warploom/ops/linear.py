@@ -284,10 +284,14 @@ def _packs(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
+def refuses_empty(*weights: Tensor) -> str | None:
+    """Why the C++ kernels do not take such weights, or None."""
+    shapes = [tuple(weight.shape) for weight in weights if weight.numel() == 0]
+    return f"its weight has elements, got {shapes[0]}" if shapes else None
+
+
 def _cpu_refuses(weight: Tensor, masked: bool) -> str | None:
-    if weight.numel() == 0:
-        return f"its weight has elements, got {tuple(weight.shape)}"
-    return "its backward reads ReLU's output, and no bit mask of it" if masked else None
+    return refuses_empty(weight) or ("its backward reads ReLU's output, and no bit mask of it" if masked else None)
 
 
 def _refuses_output(saved: Tensor, activation: str) -> str | None:

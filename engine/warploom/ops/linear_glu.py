@@ -19,6 +19,7 @@ from warploom.ops.linear import (
     PackedWeight,
     check_parameters,
     is_left_to_torch,
+    refuses_empty,
     rounded,
 )
 
@@ -153,7 +154,7 @@ def _case(*shape, C, bias=True, activation="silu"):
 
         inputs = {"x": draw(*shape[:-1], C), "activation": activation}
         for name in ("gate", "up"):
-            inputs[f"{name}_weight"] = draw(shape[-1], C) * C**-0.5
+            inputs[f"{name}_weight"] = draw(shape[-1], C) * max(C, 1) ** -0.5
             if bias:
                 inputs[f"{name}_bias"] = draw(shape[-1])
         return inputs
@@ -200,6 +201,10 @@ OP = Op(
             kernels={"fwd": _cpu_fwd, "bwd": _cpu_bwd},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("linear_fwd", "linear_bwd", "linear_pack"),
+            refuses={
+                "fwd": lambda x, weights, *_: refuses_empty(*weights),
+                "bwd": lambda dy, x, weights, *_: refuses_empty(*weights),
+            },
             slower={
                 "fwd": lambda x, *_: is_left_to_torch(x, "none"),
                 "bwd": lambda dy, x, *_: is_left_to_torch(x, "none"),
@@ -223,6 +228,8 @@ OP = Op(
         Case("one_row", _case(6, C=9)),
         Case("one_element", _case(1, 1, C=1)),
         Case("no_rows", _case(0, 8, C=4)),
+        Case("no_inputs", _case(5, 8, C=0)),
+        Case("no_outputs", _case(5, 0, C=8)),
         Case("ragged", _case(70, 65, C=63)),
         Case("whole_tiles", _case(128, 64, C=96, bias=False)),
         Case("ragged_gelu", _case(33, 130, C=40, activation="gelu_tanh")),

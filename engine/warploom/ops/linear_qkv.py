@@ -15,7 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
-from warploom.ops.linear import PackedWeight, check_parameters, is_left_to_torch, left_to_cublas, rounded
+from warploom.ops.linear import (
+    PackedWeight,
+    check_parameters,
+    is_left_to_torch,
+    left_to_cublas,
+    refuses_empty,
+    rounded,
+)
 
 
 def linear_qkv(
@@ -79,7 +86,7 @@ def _reference_fwd(x, weights, biases, panels):
 
 
 def _reference_bwd(x, dys, weights, panels, need_dx, need_dweight, need_dbias):
-    rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    rows = [torch.atleast_2d(dy).flatten(0, -2) for dy in dys]
     dx = x.new_empty(0)
     if need_dx:
         narrow = [rounded(w, p, x.dtype) for w, p in zip(weights, panels, strict=True)]
@@ -87,7 +94,7 @@ def _reference_bwd(x, dys, weights, panels, need_dx, need_dweight, need_dbias):
         for dy, weight in zip(rows[1:], narrow[1:], strict=True):
             dx.addmm_(dy, weight)
         dx = dx.view(x.shape)
-    x_rows = x.reshape(-1, x.shape[-1])
+    x_rows = torch.atleast_2d(x).flatten(0, -2)
     dweights = [(dy.mT @ x_rows).to(w.dtype) for dy, w in zip(rows, weights, strict=True)] if need_dweight else []
     dbiases = [dy.sum(0, dtype=w.dtype) for dy, w in zip(rows, weights, strict=True)] if need_dbias else []
     return dx, dweights, dbiases
@@ -110,7 +117,7 @@ def _case(*leading, C, widths, bias=True):
 
         inputs = {"x": draw(*leading, C)}
         for name, width in zip("qkv", widths, strict=True):
-            inputs[f"{name}_weight"] = draw(width, C) * C**-0.5
+            inputs[f"{name}_weight"] = draw(width, C) * max(C, 1) ** -0.5
             if bias:
                 inputs[f"{name}_bias"] = draw(width)
         return inputs
@@ -154,6 +161,10 @@ OP = Op(
             kernels={s: _extension.cpu_kernel(f"linear_qkv_{s}") for s in ("fwd", "bwd")},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("linear_qkv_fwd", "linear_qkv_bwd", "linear_pack"),
+            refuses={
+                "fwd": lambda x, weights, *_: refuses_empty(*weights),
+                "bwd": lambda x, dys, weights, *_: refuses_empty(*weights),
+            },
             slower={s: lambda x, *_: is_left_to_torch(x, "none") for s in ("fwd", "bwd")},
             leaves="float32",
         ),
@@ -170,6 +181,9 @@ OP = Op(
         Case("tiny_plain", _case(3, C=4, widths=(2, 3, 5), bias=False), gradcheck=True),
         Case("one_row", _case(C=9, widths=(9, 3, 3))),
         Case("no_rows", _case(0, C=4, widths=(4, 4, 4))),
+        Case("no_inputs", _case(5, C=0, widths=(4, 2, 2))),
+        Case("no_outputs", _case(5, C=4, widths=(0, 0, 0))),
+        Case("no_keys", _case(5, C=4, widths=(4, 0, 0))),
         Case("grouped", _case(2, 37, C=96, widths=(96, 32, 32))),
         Case("ragged", _case(70, C=63, widths=(65, 31, 33))),
         Case("whole_tiles", _case(128, C=64, widths=(64, 64, 64))),
