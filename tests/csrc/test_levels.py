@@ -42,6 +42,7 @@ def test_every_kernel_is_right_at(level):
         script,
         "layer_norm",
         "rms_norm",
+        "rotary",
         "linear",
         "linear_qkv",
         "cross_entropy",

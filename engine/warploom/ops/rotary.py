@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from warploom.ops import _triton
+from warploom.ops import _extension, _triton
 from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 
 
@@ -141,6 +141,11 @@ OP = Op(
     fakes={"fwd": _fake, "bwd": _fake},
     backends={
         "reference": Backend(kernels={"fwd": _reference_fwd, "bwd": _reference_bwd}, devices=("cpu", "cuda")),
+        "cpu": Backend(
+            kernels={s: _extension.cpu_kernel(f"rotary_{s}") for s in ("fwd", "bwd")},
+            devices=("cpu",),
+            missing=lambda: _extension.why_missing("rotary_fwd", "rotary_bwd"),
+        ),
         "triton": Backend(
             kernels={s: _triton.launcher("rotary", f"launch_rotary_{s}") for s in ("fwd", "bwd")},
             devices=("cuda", "cpu"),
@@ -156,6 +161,7 @@ OP = Op(
         Case("no_tokens", _case(1, 2, 0, 4)),
         Case("batched", _case(3, 2, 37, 64, batched=True)),
         Case("partial", _case(2, 3, 17, 80, rotary_dim=32)),
+        Case("odd_half", _case(1, 3, 5, 38, batched=True)),
         Case("far", _case(1, 2, 9, 128, start=100_000, base=500_000.0)),
     ),
     bad_cases=(
