@@ -65,7 +65,7 @@ asan: $(VENV)/.installed
 	for level in portable avx2; do \
 	    WARPLOOM_CPU_LEVEL=$$level OMP_WAIT_POLICY=passive PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    $(BIN)/python tests/csrc/check_level.py layer_norm rms_norm linear linear_qkv linear_cross_entropy cross_entropy attention adamw grad_norm || exit 1; \
+	    $(BIN)/python tests/csrc/check_level.py layer_norm rms_norm rotary linear linear_qkv linear_cross_entropy cross_entropy attention adamw grad_norm || exit 1; \
 	done
 
 clean:
