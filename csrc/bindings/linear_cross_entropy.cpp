@@ -61,19 +61,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(cons
                                                                             const Tensor& targets, int64_t ignore_index,
                                                                             bool need_dhidden, bool need_dweight,
                                                                             bool sharded) {
-  TORCH_CHECK_VALUE(!need_dhidden && !need_dweight, "the gradients are made by linear_cross_entropy_bwd");
+  TORCH_CHECK_VALUE(!sharded || (!need_dhidden && !need_dweight), "the gradients of a shard are made by the backward");
   const Inputs in(hidden, weight, targets, ignore_index, sharded);
   const auto stats = hidden.options().dtype(accumulator(hidden.scalar_type()));
   Tensor lse = at::empty({in.N}, stats);
+  Tensor dhidden = at::empty(need_dhidden ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
+  Tensor dweight = at::empty(need_dweight ? weight.sizes() : at::IntArrayRef{0}, weight.options());
   double loss = 0;
   in.switch_kernels([&](const auto& kernels, auto element, auto weight_element) {
     using T = decltype(element);
     using W = decltype(weight_element);
     kernels.fwd({data<T>(in.hidden), data<W>(in.weight), data<int64_t>(in.targets), in.ignore_index,
-                 data<typename Accumulator<T>::type>(lse), &loss, in.N, in.C, in.V});
+                 data<typename Accumulator<T>::type>(lse), &loss, need_dhidden ? data<T>(dhidden) : nullptr,
+                 need_dweight ? data<W>(dweight) : nullptr, in.N, in.C, in.V});
   });
-  return {at::full({}, loss, stats), at::full({}, in.count, stats), lse, at::empty({0}, hidden.options()),
-          at::empty({0}, weight.options())};
+  if (need_dhidden || need_dweight) lse = at::empty({0}, stats);  // kept for a backward that makes the gradients
+  return {at::full({}, loss, stats), at::full({}, in.count, stats), lse, dhidden, dweight};
 }
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_bwd(const Tensor& scale, const Tensor& hidden, const Tensor& weight,

@@ -105,6 +105,14 @@ struct ResultRows {
                     stride * static_cast<int64_t>(sizeof(T)) % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0) {
   }
 
+  // The same rows from column n on.
+  ResultRows from_column(int64_t n) const {
+    ResultRows part = *this;
+    part.data += n;
+    part.past_caches = past_caches && reinterpret_cast<uintptr_t>(part.data) % 64 == 0;
+    return part;
+  }
+
   template <class V, class Count>
   WARPLOOM_INLINE void put(int64_t m, int64_t n, V v, Count lanes) const {
     store(data + m * stride + n, v, lanes);
@@ -123,6 +131,7 @@ struct ResultRows {
 // For epilogues that leave nothing to store.
 struct NoResult {
   static constexpr bool kStores = false, past_caches = false;
+  NoResult from_column(int64_t) const { return {}; }
 };
 
 // The epilogue of one tile, a slice of rows at a time.

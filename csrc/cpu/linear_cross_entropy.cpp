@@ -74,8 +74,9 @@ Operand<W, /*kAlongK=*/true> words(const W* weight, int64_t first, int64_t last,
   return {weight + first * C, C, last - first, C};
 }
 
-template <class T, class W>
-void linear_cross_entropy_fwd(const LinearCrossEntropyForward<T, W>& args) {
+// The log-sum-exp of each row and the sum of the losses. logits takes the logits, or is NoResult.
+template <class T, class W, class Logits>
+static double losses(const LinearCrossEntropyForward<T, W>& args, const Logits& logits) {
   using V = Lanes<T>;
   using S = Sum<T>;
   const int64_t N = args.N, C = args.C;
@@ -95,12 +96,13 @@ void linear_cross_entropy_fwd(const LinearCrossEntropyForward<T, W>& args) {
                                                         scratch<Element<T>>(6, RightPanels<T>::size(last - first, C)));
     auto* sums = scratch<ExponentialSum<V>>(7, N);
     for (int64_t m = 0; m < N; ++m) sums[m].clear();
-    gemm(hidden, panels, NoResult{}, [=](int64_t m, int64_t n, auto v, auto lanes) {
+    gemm(hidden, panels, logits.from_column(first), [=](int64_t m, int64_t n, auto v, auto lanes) {
       const int64_t target = args.targets[m] - first - n;
       if (target >= 0 && target < kLanes<V> && n + target < last - first) {
         target_logits[m] = v[static_cast<int>(target)];
       }
       sums[m].add(hide_beyond(v, lanes));
+      return v;
     });
     for (int64_t m = 0; m < N; ++m) block_lse[block * N + m] = sums[m].log_total();
   });
@@ -116,7 +118,92 @@ void linear_cross_entropy_fwd(const LinearCrossEntropyForward<T, W>& args) {
     args.lse[m] = largest + log_of(total);
     if (args.targets[m] != args.ignore_index) loss += static_cast<double>(args.lse[m]) - target_logits[m];
   }
-  *args.loss = loss;
+  return loss;
+}
+
+// What is left of a row's logits, which are its own: their gradient, in place.
+template <class T>
+static void row_gradient(T* logits, int64_t V, Sum<T> lse, int64_t target) {
+  using Vector = Lanes<T>;
+  const auto target_logit = to_float(logits[target]);
+  each_vector<Vector>(
+      V, [&](int64_t i, auto n) { store(logits + i, exp_of_lanes(load(logits + i, n) - broadcast(lse)), n); });
+  from_float(exp_of(target_logit - lse) - 1, logits + target);
+}
+
+// Adds dlogits (N, count), rows `stride` apart, times weight (count, C) to dhidden (N, C). sums (N, C) holds what there
+// is between the first words and the last.
+template <class T, class W>
+static void add_dhidden(const T* dlogits, int64_t stride, const W* weight, int64_t count, int64_t N, int64_t C,
+                        bool first, bool last, Sum<T>* sums, T* dhidden, Element<T>* panels) {
+  using S = Sum<T>;
+  const Operand<T, /*kAlongK=*/true> by_row = {dlogits, stride, N, count};
+  const Operand<W, /*kAlongK=*/false> by_feature = {weight, C, C, count};
+  const RightPanels<T> packed = pack_right_operand<T>(by_feature, panels);
+  gemm(by_row, packed, NoResult{}, [=](int64_t m, int64_t c, auto v, auto lanes) {
+    S* at = sums + m * C + c;
+    if (!first) v += load(at, lanes);
+    if (!last) {
+      store(at, v, lanes);
+    } else {
+      store(dhidden + m * C + c, v, lanes);
+    }
+  });
+}
+
+// dweight (count, C) = dlogits^T hidden (N, C), or added to it.
+template <class T, class W>
+static void add_dweight(const T* dlogits, int64_t stride, const T* hidden, int64_t count, int64_t N, int64_t C,
+                        bool first, W* dweight, Element<T>* panels) {
+  const Operand<T, /*kAlongK=*/false> by_word = {dlogits, stride, count, N}, rows = {hidden, C, C, N};
+  const RightPanels<T> packed = pack_right_operand<T>(rows, panels);
+  gemm(by_word, packed, ResultRows<W>(dweight, count, C),
+       [=](int64_t m, int64_t c, auto v, auto lanes) { return first ? v : v + load(dweight + m * C + c, lanes); });
+}
+
+// Some rows at a time: their logits, from which both gradients are made before the next rows.
+template <class T, class W>
+static void forward_with_gradients(const LinearCrossEntropyForward<T, W>& args) {
+  // Each chunk of rows packs the weight anew and, but the first, reads dweight.
+  constexpr int64_t kLogitsAtOnce = 16 << 20, kFewestRows = 512, kWordsAtOnce = 2048;
+  const int64_t C = args.C, V = args.V;
+  const int64_t at_once = smaller(args.N, larger(kFewestRows, kLogitsAtOnce / V));
+  T* logits = scratch<T>(2, at_once * V);
+  *args.loss = 0;
+  for (int64_t first_row = 0; first_row < args.N; first_row += at_once) {
+    LinearCrossEntropyForward<T, W> rows = args;
+    rows.hidden += first_row * C, rows.targets += first_row, rows.lse += first_row;
+    rows.N = smaller(at_once, args.N - first_row);
+    *args.loss += losses(rows, ResultRows<T>(logits, rows.N, V));
+    parallel_for(rows.N, [=](int64_t m) {
+      T* row = logits + m * V;
+      if (rows.targets[m] != rows.ignore_index) return row_gradient(row, V, rows.lse[m], rows.targets[m]);
+      memset(row, 0, static_cast<uint64_t>(V) * sizeof(T));
+    });
+    if (args.dhidden != nullptr) {
+      Element<T>* panels = scratch<Element<T>>(0, RightPanels<T>::size(C, smaller(kWordsAtOnce, V)));
+      auto* sums = scratch<Sum<T>>(3, rows.N * C);
+      for (int64_t word = 0; word < V; word += kWordsAtOnce) {
+        const int64_t count = smaller(kWordsAtOnce, V - word);
+        add_dhidden(logits + word, V, args.weight + word * C, count, rows.N, C, word == 0, word + count == V, sums,
+                    args.dhidden + first_row * C, panels);
+      }
+    }
+    if (args.dweight != nullptr) {
+      add_dweight(logits, V, rows.hidden, V, rows.N, C, first_row == 0, args.dweight,
+                  scratch<Element<T>>(0, RightPanels<T>::size(C, rows.N)));
+    }
+  }
+  if (args.N == 0 && args.dweight != nullptr) memset(args.dweight, 0, static_cast<uint64_t>(V * C) * sizeof(W));
+}
+
+template <class T, class W>
+void linear_cross_entropy_fwd(const LinearCrossEntropyForward<T, W>& args) {
+  if (args.dhidden == nullptr && args.dweight == nullptr) {
+    *args.loss = losses(args, NoResult{});
+  } else {
+    forward_with_gradients(args);
+  }
 }
 
 template <class T, class W>
@@ -144,24 +231,13 @@ void linear_cross_entropy_bwd(const LinearCrossEntropyBackward<T, W>& args) {
       return p * scale;
     });
     if (args.dhidden != nullptr) {
-      const Operand<T, /*kAlongK=*/true> by_row = {dlogits, count, N, count};
-      const Operand<W, /*kAlongK=*/false> weight = {args.weight + first * C, C, C, count};
-      const RightPanels<T> packed = pack_right_operand<T>(weight, panels);
-      gemm(by_row, packed, NoResult{}, [=](int64_t m, int64_t c, auto v, auto lanes) {
-        S* sums = dhidden + m * C + c;
-        if (first > 0) v += load(sums, lanes);
-        if (first + count < args.V) {
-          store(sums, v, lanes);
-        } else {
-          store(args.dhidden + m * C + c, v, lanes);
-        }
-      });
+      add_dhidden(dlogits, count, args.weight + first * C, count, N, C, first == 0, first + count == args.V, dhidden,
+                  args.dhidden, panels);
     }
     if (args.dweight != nullptr) {
-      const Operand<T, /*kAlongK=*/false> by_word = {dlogits, count, count, N}, rows = {args.hidden, C, C, N};
-      // The same for every chunk, and cheaper to pack again than to keep: it is a small part of the product.
-      const RightPanels<T> packed = pack_right_operand<T>(rows, scratch<Element<T>>(3, RightPanels<T>::size(C, N)));
-      gemm(by_word, packed, ResultRows<W>(args.dweight + first * C, count, C), AsTheyAre{});
+      // The rows are the same for every chunk, and cheaper to pack again than to keep: a small part of the product.
+      add_dweight(dlogits, count, args.hidden, count, N, C, /*first=*/true, args.dweight + first * C,
+                  scratch<Element<T>>(3, RightPanels<T>::size(C, N)));
     }
   }
 }

@@ -1,5 +1,6 @@
-// Cross-entropy of logits = hidden weight^T, N by V, which are never held whole: the forward keeps each row's
-// log-sum-exp, the backward computes the logits again, some words at a time, and with them the gradients.
+// Cross-entropy of logits = hidden weight^T, N by V, which are never held whole. Either the forward keeps each row's
+// log-sum-exp, and the backward computes the logits again, some words at a time, and with them the gradients: where
+// products are cheap. Or the forward makes the gradients as well, some rows at a time.
 #pragma once
 
 #include "common/dtypes.h"
@@ -16,6 +17,8 @@ struct LinearCrossEntropyForward {
   int64_t ignore_index;
   typename Accumulator<T>::type* lse;  // (N,): natural log of the sum of exponentials
   double* loss;                        // the sum over the rows that are not ignored, nats
+  T* dhidden;                          // (N, C): gradient of that sum, or null: not wanted
+  W* dweight;                          // (V, C), or null
   int64_t N, C, V;
 };
 

@@ -1,5 +1,7 @@
 """What is special to linear_cross_entropy: its memory, and batches with nothing to predict."""
 
+import importlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,4 +105,22 @@ def test_gradients_in_the_forward_pass(case, dtype):
         for name, truth in trial.truth.items():
             torch.testing.assert_close(results[name], truth, rtol=1e-9, atol=1e-10, equal_nan=True)
     else:
+        assert not [str(deviation) for deviation in trial.deviations(results) if not deviation.acceptable]
+
+
+@pytest.mark.skipif(_extension.missing is not None, reason=str(_extension.missing))
+@pytest.mark.parametrize(
+    "case",
+    [case for case in REGISTRY["linear_cross_entropy"].cases if "weight" in case.wide],
+    ids=lambda case: case.name,
+)
+def test_gradients_in_the_forward_pass_without_a_matrix_unit(case, monkeypatch):
+    """The way of processors whose 16-bit products are dear, at the level in use; test_levels.py takes it at theirs."""
+    module = importlib.import_module("warploom.ops.linear_cross_entropy")
+    monkeypatch.setattr(module, "_products_are_dear", lambda: True)
+    op = REGISTRY["linear_cross_entropy"]
+    for dtype in case.dtypes:
+        trial, before = Trial(op, case, dtype), op.calls.copy()
+        results = trial.evaluate(op.function)
+        assert set(op.calls - before) == {"fwd/cpu"}
         assert not [str(deviation) for deviation in trial.deviations(results) if not deviation.acceptable]

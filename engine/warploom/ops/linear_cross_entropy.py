@@ -3,8 +3,9 @@
 There are two ways to the gradients. In the forward pass, while a chunk of logits is there (Liger-Kernel's fused linear
 cross-entropy, 2024): no product is made twice, but dweight, V x C, is read and written for every chunk of rows. Or in
 the backward pass, from each row's log-sum-exp and logits made again, some words at a time, as flash attention does:
-dweight is then written once. The second is taken for 16-bit hidden states, whose products are cheap. The first leaves
-the products to torch, and a chunk's softmax, loss and gradient to cross_entropy's kernel where there is one.
+dweight is then written once. The second is taken where products are cheap: for 16-bit hidden states on a GPU and on
+processors with a matrix unit. In float32 on a CPU the first leaves the products to torch, and a chunk's softmax, loss
+and gradient to cross_entropy's kernel where there is one.
 """
 
 from __future__ import annotations
@@ -85,10 +86,25 @@ def linear_cross_entropy(
     return _ShardedLinearCrossEntropy.apply(hidden, weight, targets, ignore_index, reduction == "mean", *needs, shard)
 
 
+def _recomputes(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the gradients are made in the backward pass, from logits computed again."""
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        return OP.forced() in ("cpu", "triton")
+    # A 16-bit dweight cannot take the sums of several chunks, and the reference is no kernel to be fast with.
+    early = hidden.device.type == "cpu" and weight.dtype == torch.float32 and OP.forced() in (None, "cpu")
+    return not (early and _products_are_dear())
+
+
+@torch.compiler.assume_constant_result
+def _products_are_dear() -> bool:
+    """Whether 16-bit products take the C++ kernels as long as float32 ones or half as long: no matrix unit."""
+    return _extension.why_missing("linear_cross_entropy_fwd") is None and _extension.level() != "amx"
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, mean, need_dhidden, need_dweight):
-        ctx.recompute = hidden.dtype in (torch.bfloat16, torch.float16) or OP.forced() in ("cpu", "triton")
+        ctx.recompute = _recomputes(hidden, weight)
         ctx.ignore_index, ctx.mean, ctx.needs = ignore_index, mean, (need_dhidden, need_dweight)
         loss, count, lse, *gradients = torch.ops.warploom.linear_cross_entropy_fwd.default(
             hidden, weight, targets, ignore_index, *((False, False) if ctx.recompute else ctx.needs)
@@ -240,7 +256,7 @@ _cpu_cross_entropy = _extension.cpu_kernel("cross_entropy_fwd_inplace")
 
 
 def _cpu_forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
-    if not (need_dhidden or need_dweight):
+    if not (need_dhidden or need_dweight) or hidden.dtype in (torch.bfloat16, torch.float16):
         return _cpu_fwd(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded)
     V, C = weight.shape
     targets = targets.reshape(-1)
@@ -268,7 +284,7 @@ def _cpu_forward(hidden, weight, targets, ignore_index, need_dhidden, need_dweig
 
 
 def _cpu_refuses(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded=False):
-    if hidden.dtype in (torch.float32, torch.float64):
+    if hidden.dtype in (torch.float32, torch.float64) or weight.dtype == torch.float32:
         return None
     return _refuses_early_gradients(hidden, weight, targets, ignore_index, need_dhidden, need_dweight, sharded)
 
@@ -374,6 +390,7 @@ OP = Op(
         Case("all_ignored_sum", _case(2, C=4, V=5, reduction="sum", ignored=(0, 1))),
         Case("batched", _case(3, 17, C=48, V=257, ignored=(2, 50))),
         Case("float32_weight", _case(40, C=48, V=300), dtypes=(torch.bfloat16,), wide=("weight",)),
+        Case("float32_weight_several_chunks", _case(520, C=40, V=32800), (torch.bfloat16,), wide=("weight",)),
         Case("several_chunks", _case(520, C=8, V=8200, reduction="sum"), dtypes=(torch.float32, torch.bfloat16)),
         # Logits in the hundreds: probabilities underflow to 0 while the loss must stay finite.
         Case("large_logits", _case(20, C=32, V=64, spread=200.0)),
