@@ -18,8 +18,9 @@
 
 namespace warploom::cpu {
 
-// The position in WARPLOOM_EACH_LEVEL of the level in use: the highest this processor runs, or the one named by
-// the environment variable WARPLOOM_CPU_LEVEL. Throws std::invalid_argument if that one is unknown or cannot run here.
+// The position in WARPLOOM_EACH_LEVEL of the level in use: the highest that this processor runs and that is not slower
+// than one below, or the one named by the environment variable WARPLOOM_CPU_LEVEL. Throws std::invalid_argument if that
+// one is unknown or cannot run here.
 int level_index();
 
 std::string level_name();
