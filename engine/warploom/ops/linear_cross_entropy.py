@@ -95,10 +95,13 @@ def _recomputes(hidden: Tensor, weight: Tensor) -> bool:
     return not (early and _products_are_dear())
 
 
-@torch.compiler.assume_constant_result
 def _products_are_dear() -> bool:
     """Whether 16-bit products take the C++ kernels as long as float32 ones or half as long: no matrix unit."""
     return _extension.why_missing("linear_cross_entropy_fwd") is None and _extension.level() != "amx"
+
+
+# What torch.compiler.assume_constant_result sets: as a decorator it would import torch._dynamo, 160 MB, at once.
+_products_are_dear._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
