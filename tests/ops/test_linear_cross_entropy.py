@@ -124,3 +124,14 @@ def test_gradients_in_the_forward_pass_without_a_matrix_unit(case, monkeypatch):
         results = trial.evaluate(op.function)
         assert set(op.calls - before) == {"fwd/cpu"}
         assert not [str(deviation) for deviation in trial.deviations(results) if not deviation.acceptable]
+
+
+# torch.compile's own warning about how it looks into autograd functions.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_the_choice_of_the_way_breaks_no_graph():
+    hidden, weight = torch.randn(6, 8, dtype=torch.bfloat16).requires_grad_(), torch.randn(5, 8).requires_grad_()
+    targets = torch.randint(5, (6,))
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    gradients = torch.autograd.grad(compiled(hidden, weight, targets), (hidden, weight))
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    assert all(found.equal(right) for found, right in zip(gradients, expected, strict=True))
