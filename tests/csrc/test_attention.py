@@ -374,14 +374,18 @@ def test_scores_that_rise_far_above_the_first_ones(dtype):
     assert_rounds_like_torch(q[:, :, :1], k, v, do[:, :, :1])
 
 
-def test_layouts():
-    """Any strides come in; what goes out transposes to a contiguous (B, T, H, D)."""
-    q, k, v, do = inputs(2, 4, 2, 33, 40, 24, torch.float32)
+@pytest.mark.parametrize(
+    ("T", "D", "dtype"), [(33, 24, torch.float32), (48, 32, torch.float32), (160, 64, torch.bfloat16)]
+)
+def test_layouts(T, D, dtype):
+    """Any strides come in; what goes out transposes to a contiguous (B, T, H, D). Contiguous queries whose sizes allow
+    it are not packed, and the same bits come out."""
+    q, k, v, do = inputs(2, 4, 2, T, T + 7, D, dtype)
     results = run(q, k, v, do)
     assert all(tensor.transpose(1, 2).is_contiguous() for tensor in results[:4])
     of_contiguous = run(*(tensor.contiguous() for tensor in (q, k, v, do)))
     of_strided_rows = run(*(tensor.mT.contiguous().mT for tensor in (q, k, v, do)))
-    of_slices = run(*(torch.cat([tensor, tensor], -1)[..., :24] for tensor in (q, k, v, do)))
+    of_slices = run(*(torch.cat([tensor, tensor], -1)[..., :D] for tensor in (q, k, v, do)))
     of_broadcast = run(q, k[:1].expand_as(k), v[:1].expand_as(v), do)
     for results_of_layout in (of_contiguous, of_strided_rows, of_slices):
         assert all(torch.equal(a, b) for a, b in zip(results, results_of_layout, strict=True))
@@ -443,7 +447,7 @@ def test_every_level(level):
     """The level is chosen once per process, so the tests of what differs run again in one with that level forced."""
     if "WARPLOOM_CPU_LEVEL" in os.environ:
         pytest.skip("already inside a process with a forced level")
-    chosen = "level_in_use or head_widths or test_bias or windows or few_rows or rise_far"
+    chosen = "level_in_use or head_widths or test_bias or windows or few_rows or rise_far or layouts"
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     environment = {**os.environ, "WARPLOOM_CPU_LEVEL": level}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
