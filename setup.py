@@ -90,6 +90,14 @@ def torch_flags():
     return f"-std=c++20 {includes}", f"{folders} -ltorch_cpu -lc10"
 
 
+def torch_names_streams():
+    """Whether the installed torch can tell the CUDA stream on which work is queued (csrc/bindings/stream.h)."""
+    from torch.utils import cpp_extension
+
+    headers = (Path(folder) / "c10" / "core" / "Stream.h" for folder in cpp_extension.include_paths())
+    return any("native_handle" in header.read_text(encoding="utf-8") for header in headers if header.exists())
+
+
 def find_cuda(compiler):
     """Return nvcc, the flags to link with its library, its version, and the architectures to build for.
 
@@ -115,6 +123,10 @@ def find_cuda(compiler):
     if result.returncode != 0:
         complaint = (result.stderr.strip() or "it failed without a message").splitlines()[0]
         raise CannotBuild(f"{nvcc} does not work with {compiler}: {complaint}")
+    if not torch_names_streams():
+        raise CannotBuild(
+            "this torch has no c10::Stream::native_handle, which 2.13 has; upgrade torch, then install again"
+        )
     version = re.search(r"release \S+, V(\S+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
     plan = subprocess.run([*probe, "--dryrun"], capture_output=True, text=True).stderr
     link = re.search(r"LIBRARIES=(.*)", plan)[1] + " -lcudart_static -ldl -lrt -lpthread"

@@ -99,6 +99,33 @@ def test_a_rival_that_fails_is_named_and_the_rest_is_timed(monkeypatch, capsys):
     assert "rival fails: TypeError: missing argument" in capsys.readouterr().out
 
 
+def test_every_back_end_has_a_case_to_be_captured():
+    """The kernels for 16-bit products refuse the first ones: widths of a few elements, and float32."""
+    for name, op in REGISTRY.items():
+        if "cuda" not in op.backends or op.mutates:
+            continue
+        trials = list(gpu_checks.graph_trials(name))
+        assert trials[0].dtype == torch.float32
+        assert all(value.numel() for trial in trials for value in trial.inputs.values() if torch.is_tensor(value))
+    trials = {(trial.inputs["q"].shape[-1], trial.dtype) for trial in gpu_checks.graph_trials("attention")}
+    assert (64, torch.bfloat16) in trials
+
+
+def test_an_op_that_does_not_launch_is_a_failure_and_other_cases_go_on(monkeypatch, capsys):
+    seen = []
+
+    def fails(op, back_end, trial, layout):
+        seen.append(trial.dtype)
+        raise RuntimeError("CUDA: invalid argument")
+
+    monkeypatch.setattr(gpu_checks, "gpu_backends", lambda name: ["cuda", "triton"])
+    monkeypatch.setattr(gpu_checks, "check_accuracy", fails)
+    wrong = list(gpu_checks.accuracy("rms_norm", float("inf"), most=1))
+    assert len(wrong) == len(seen) == 2 * len(REGISTRY["rms_norm"].cases[0].dtypes)
+    assert "rms_norm on cuda" in wrong[0] and "RuntimeError: CUDA: invalid argument" in wrong[0]
+    assert f"0 right, {len(wrong) // 2} wrong" in capsys.readouterr().out
+
+
 def test_without_the_sanitizer_that_is_said(monkeypatch, capsys):
     monkeypatch.setattr(gpu_checks.shutil, "which", lambda name: None)
     assert gpu_checks.sanitizer(1.0) is None

@@ -104,6 +104,18 @@ def test_what_the_toolkit_knows_is_built(setup, monkeypatch):
         setup.find_cuda("/bin/false")
 
 
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
+def test_a_torch_that_names_no_streams_gets_no_cuda_part(setup, monkeypatch, tmp_path):
+    from torch.utils import cpp_extension
+
+    assert setup.torch_names_streams()
+    (tmp_path / "c10" / "core").mkdir(parents=True)
+    (tmp_path / "c10" / "core" / "Stream.h").write_text("class Stream {};\n")
+    monkeypatch.setattr(cpp_extension, "include_paths", lambda: [str(tmp_path)])
+    with pytest.raises(setup.CannotBuild, match="no c10::Stream::native_handle"):
+        setup.find_cuda("c++")
+
+
 @pytest.mark.parametrize(
     ("archs", "capability", "runs"),
     [
