@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel and every configuration that ships, for cards that are not there.
 
-    python -m bench.static [--kernel NAME NAME] [--card NAME NAME] [--every] [--json FILE]
+    python -m bench.static [--kernel NAME NAME] [--card NAME NAME] [--one-shape] [--every] [--json FILE]
 
 Launchers run on meta tensors with the arguments of real shapes; what they would launch is compiled for each card and
 read: registers, spills to local memory, shared memory, whether the card's own matrix instructions are used, how many
@@ -186,8 +186,11 @@ def _attention_shapes() -> Iterator[Shape]:
     for D in (64, 128, 256):  # all at once: what fits here fits with less
         bias = _empty(16, 16384, 16384)
         yield shape("everything", D, H_kv=4, window=512, documents=37, bias=bias)
-    yield shape("float32", 64, dtype=torch.float32)
-    yield shape("float32", 128, dtype=torch.float32)
+        yield shape("float32", D, dtype=torch.float32)
+    for D in (128, 160):
+        bias = _empty(16, 16384, 16384, dtype=torch.float32)
+        yield shape("everything float32", D, H_kv=4, window=512, documents=37, bias=bias, dtype=torch.float32)
+    yield shape("distances float32", 160, bias=_empty(1, 4095, dtype=torch.float32), dtype=torch.float32)
 
 
 def _linear_shapes() -> Iterator[Shape]:
@@ -458,14 +461,24 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(
-    shapes: list[Shape], cards: list[Card], *, every: bool = True, kernels: tuple[str, ...] = ()
+    shapes: list[Shape],
+    cards: list[Card],
+    *,
+    every: bool = True,
+    kernels: tuple[str, ...] = (),
+    one_shape: bool = False,
 ) -> list[Compiled]:
-    """Every configuration of every launch, or the first alone; each combination once."""
+    """Every configuration of every launch, or the first alone; of every shape, or for each kernel of the first that
+    launches it; each combination once."""
+    first_of: dict[tuple[str, str], Launch] = {}
     jobs: dict[str, tuple[Shape, Launch, Config, Card]] = {}
     for card in cards:
         for shape in shapes:
             for launch in launches(shape, card):
-                if kernels and launch.kernel.__name__ not in kernels:
+                name = launch.kernel.__name__
+                if kernels and name not in kernels:
+                    continue
+                if one_shape and first_of.setdefault((name, card.name), launch) is not launch:
                     continue
                 for config in launch.configs if every else launch.configs[:1]:
                     source = _source(launch, config).hash() + str(config) + card.name
@@ -485,6 +498,8 @@ class Arguments:
     """Which kernels, such as attention_fwd_kernel; none given means all."""
     card: tuple[str, ...] = tuple(CARDS)
     """A100, H100 and B200."""
+    one_shape: bool = False
+    """Each kernel for the first of the shapes that launch it, and not for all."""
     every: bool = False
     """Every configuration that ships, and not the first of each shape alone."""
     json: Path | None = None
@@ -496,7 +511,9 @@ def main(arguments: Arguments) -> None:
         if name not in CARDS:
             raise UserError(f"no card is called {name!r}{nearest(name, CARDS)}")
     cards = [CARDS[name] for name in arguments.card]
-    compiled = compile_all(list(all_shapes()), cards, every=arguments.every, kernels=arguments.kernel)
+    compiled = compile_all(
+        list(all_shapes()), cards, every=arguments.every, kernels=arguments.kernel, one_shape=arguments.one_shape
+    )
     if not compiled:
         raise UserError(f"no kernel is called {' or '.join(arguments.kernel)}")
     print_table(

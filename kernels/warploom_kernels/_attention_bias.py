@@ -9,11 +9,10 @@ import triton.language as tl
 from warploom_kernels._attention_parts import (
     distances,
     document_bounds,
-    load_rows,
     lse_in_log2,
     probabilities,
+    products_of_rows,
 )
-from warploom_kernels._products import dot
 
 
 @triton.jit
@@ -54,22 +53,10 @@ def _tile_of_pair(
         rows = (b * H + h) * T_all + start_q + queries
         lse_rows = lse_in_log2(tl.load(lse + rows, mask=queries < T, other=float("-inf")))
         delta_rows = tl.load(delta + rows, mask=queries < T, other=0.0)
-        s = tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32)
-        dp = tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32)
-        # In pieces of the head: whole rows of all four would leave no registers.
-        for d in tl.static_range(0, BLOCK_D, DEPTH):
-            s = dot(
-                load_rows(q + d, t0, T, stride_qt, D - d, BLOCK_T, DEPTH, False, True),
-                tl.trans(load_rows(k + d, s0, seen_keys, stride_kt, D - d, BLOCK_S, DEPTH, False, True)),
-                s,
-            )
-            dp = dot(
-                load_rows(do + d, t0, T, stride_gt, D - d, BLOCK_T, DEPTH, False, True),
-                tl.trans(load_rows(v + d, s0, seen_keys, stride_vt, D - d, BLOCK_S, DEPTH, False, True)),
-                dp,
-            )
+        s = products_of_rows(q, t0, T, stride_qt, k, s0, seen_keys, stride_kt, D, BLOCK_T, BLOCK_S, BLOCK_D, DEPTH)
+        dp = products_of_rows(do, t0, T, stride_gt, v, s0, seen_keys, stride_vt, D, BLOCK_T, BLOCK_S, BLOCK_D, DEPTH)
         p = probabilities(
-            s, lse_rows, bias + h * stride_bh + bias_zero, queries[:, None], keys[None, :],
+            s, lse_rows[:, None], bias + h * stride_bh + bias_zero, queries[:, None], keys[None, :],
             T, S, seen_keys, least, most, scale, stride_bt, stride_bs, BELOW, ABOVE, True,
         )  # fmt: skip
         ds = p * (dp - delta_rows[:, None])

@@ -14,33 +14,44 @@ from warploom_kernels._attention_parts import (
     lse_in_log2,
     place_of_tile,
     probabilities,
+    products_of_rows,
     rows_of,
     store_rows,
-    visible,
-    with_bias,
 )
 from warploom_kernels._products import dot
 
 
 @triton.jit
 def _add_dq(
-    lo, hi, dq_tile, q_tile, do_tile, lse_rows, delta_rows, k_rows, v_rows, bias,
-    t0, T, S, seen_keys, least, most, scale, stride_kt, stride_vt, stride_bt, stride_bs,
+    lo, hi, dq_tile, q, do, q_tile, do_tile, lse_rows, delta_rows, k_rows, v_rows, bias,
+    t0, T, S, seen_keys, least, most, scale, stride_qt, stride_gt, stride_kt, stride_vt, stride_bt, stride_bs,
     D: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    # Without tensor cores a thread holds whole rows of both operands: wider ones spill with any tiles.
+    IN_PIECES: tl.constexpr = q_tile.dtype == tl.float32 and BLOCK_D > 128
     queries = t0 + tl.arange(0, BLOCK_T)[:, None]
     for s0 in tl.range(lo, hi, BLOCK_S):
         s0 = tl.multiple_of(s0, BLOCK_S)
         keys = s0 + tl.arange(0, BLOCK_S)[None, :]
         k_tile = load_rows(k_rows, s0, seen_keys, stride_kt, D, BLOCK_S, BLOCK_D, TMA, MASKED)
-        v_tile = load_rows(v_rows, s0, seen_keys, stride_vt, D, BLOCK_S, BLOCK_D, TMA, MASKED)
-        s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
+        if IN_PIECES:
+            s = products_of_rows(
+                q, t0, T, stride_qt, k_rows, s0, seen_keys, stride_kt, D, BLOCK_T, BLOCK_S, BLOCK_D, 64
+            )
+        else:
+            v_tile = load_rows(v_rows, s0, seen_keys, stride_vt, D, BLOCK_S, BLOCK_D, TMA, MASKED)
+            s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
         p = probabilities(
-            s, lse_rows, bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
+            s, lse_rows[:, None], bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
             BELOW, ABOVE, MASKED,
         )  # fmt: skip
-        dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
+        if IN_PIECES:
+            dp = products_of_rows(
+                do, t0, T, stride_gt, v_rows, s0, seen_keys, stride_vt, D, BLOCK_T, BLOCK_S, BLOCK_D, 64
+            )
+        else:
+            dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
         ds = p * (dp - delta_rows[:, None])
         dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile)
     return dq_tile
@@ -90,8 +101,9 @@ def attention_bwd_dq_kernel(
         bounds = block_range(t0, last, least, most, seen_keys, BLOCK_S, BELOW, ABOVE)
         for stretch in tl.static_range(0 if BELOW else 1, 3):
             dq_tile = _add_dq(
-                bounds[stretch], bounds[stretch + 1], dq_tile, q_tile, do_tile, lse_rows, delta_rows, k_rows, v_rows,
-                bias, t0, T, S, seen_keys, least, most, scale, stride_kt, stride_vt, stride_bt, stride_bs,
+                bounds[stretch], bounds[stretch + 1], dq_tile, q, do, q_tile, do_tile, lse_rows, delta_rows,
+                k_rows, v_rows, bias, t0, T, S, seen_keys, least, most, scale,
+                stride_qt, stride_gt, stride_kt, stride_vt, stride_bt, stride_bs,
                 D, BELOW, ABOVE, BLOCK_T, BLOCK_S, BLOCK_D, TMA, stretch != 1,
             )  # fmt: skip
         store_rows(dq + offset_o, t0, T, stride_ot, dq_tile * scale, D, BLOCK_T, BLOCK_D)
@@ -119,10 +131,10 @@ def _add_dkdv(
             lse_cols = tl.load(lse + index)
             delta_cols = tl.load(delta + index)
         s = dot(k_tile, tl.trans(q_tile), tl.zeros((BLOCK_S, BLOCK_T), dtype=tl.float32))
-        s, unit = with_bias(s, scale, bias, queries, keys, stride_bt, stride_bs, T, S)
-        if MASKED:
-            s = tl.where(visible(queries, keys, least, most, seen_keys, BELOW, ABOVE), s, float("-inf"))
-        p = tl.exp2(s * unit - lse_in_log2(lse_cols)[None, :])
+        p = probabilities(
+            s, lse_in_log2(lse_cols)[None, :], bias, queries, keys, T, S, seen_keys, least, most, scale,
+            stride_bt, stride_bs, BELOW, ABOVE, MASKED,
+        )  # fmt: skip
         dv_tile = dot(p.to(do_tile.dtype), do_tile, dv_tile)
         dp = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_S, BLOCK_T), dtype=tl.float32))
         ds = p * (dp - delta_cols[None, :])

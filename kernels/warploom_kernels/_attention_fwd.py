@@ -11,12 +11,11 @@ from warploom_kernels._attention_parts import (
     distances,
     heaviest_first,
     load_rows,
+    masked_scores,
     online_softmax,
     place_of_tile,
     rows_of,
     store_rows,
-    visible,
-    with_bias,
 )
 from warploom_kernels._products import dot
 
@@ -33,10 +32,11 @@ def _attend(
         s0 = tl.multiple_of(s0, BLOCK_S)
         keys = s0 + tl.arange(0, BLOCK_S)[None, :]
         k_tile = load_rows(k_rows, s0, seen_keys, stride_kt, D, BLOCK_S, BLOCK_D, TMA, MASKED)
-        s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
-        s, unit = with_bias(s, scale, bias, queries, keys, stride_bt, stride_bs, T, S)
-        if MASKED:
-            s = tl.where(visible(queries, keys, least, most, seen_keys, BELOW, ABOVE), s, float("-inf"))
+        products = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32))
+        s, unit = masked_scores(
+            products, bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
+            BELOW, ABOVE, MASKED,
+        )  # fmt: skip
         p, m, total, acc = online_softmax(s, unit, m, total, acc)
         v_tile = load_rows(v_rows, s0, seen_keys, stride_vt, D, BLOCK_S, BLOCK_D, TMA, MASKED)
         acc = dot(p.to(v_tile.dtype), v_tile, acc)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from warploom_kernels._products import dot
+
 # The arguments that every kernel has: tensors and their strides over batch, heads and rows; columns are dense. lse and
 # delta are (B, H, T), dense. bias is read at bias + head * stride_bh + query * stride_bt + key * stride_bs: for a bias
 # by distance stride_bt is -1, and the pointer is moved to distance 0 by bias_zero.
@@ -133,6 +135,22 @@ def with_bias(s, scale, bias, queries, keys, stride_t, stride_s, T, S):
         return s * (scale * LOG2_E) + added * LOG2_E, 1.0
 
 
+# Scores.
+
+
+@triton.jit
+def masked_scores(
+    products, bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
+    BELOW: tl.constexpr, ABOVE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """From the products of queries and keys, either way round as queries and keys are: scores, and what with_bias left
+    to multiply them by."""
+    s, unit = with_bias(products, scale, bias, queries, keys, stride_bt, stride_bs, T, S)
+    if MASKED:
+        s = tl.where(visible(queries, keys, least, most, seen_keys, BELOW, ABOVE), s, float("-inf"))
+    return s, unit
+
+
 # Online softmax.
 
 
@@ -155,14 +173,14 @@ def lse_in_log2(lse):
 
 @triton.jit
 def probabilities(
-    s, lse_rows, bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
+    products, lse_log2, bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs,
     BELOW: tl.constexpr, ABOVE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_T, BLOCK_S), from the products of queries and keys and the log-sum-exp of the forward."""
-    s, unit = with_bias(s, scale, bias, queries, keys, stride_bt, stride_bs, T, S)
-    if MASKED:
-        s = tl.where(visible(queries, keys, least, most, seen_keys, BELOW, ABOVE), s, float("-inf"))
-    return tl.exp2(s * unit - lse_rows[:, None])
+    """From the products of queries and keys and the log-sum-exp of the forward, which lies as queries do."""
+    s, unit = masked_scores(
+        products, bias, queries, keys, T, S, seen_keys, least, most, scale, stride_bt, stride_bs, BELOW, ABOVE, MASKED
+    )
+    return tl.exp2(s * unit - lse_log2)
 
 
 # Rows of a head.
@@ -202,6 +220,21 @@ def load_rows(
             return tl.load(pointers, mask=(cols < D)[None, :], other=0.0)
         else:
             return tl.load(pointers)
+
+
+@triton.jit
+def products_of_rows(
+    a, first_a, length_a, stride_a, b, first_b, length_b, stride_b,
+    D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_A, BLOCK_B): rows of a with rows of b, both read in pieces of DEPTH columns, for where whole rows would
+    leave no registers."""
+    products = tl.zeros((BLOCK_A, BLOCK_B), dtype=tl.float32)
+    for d in tl.static_range(0, BLOCK_D, DEPTH):
+        a_piece = load_rows(a + d, first_a, length_a, stride_a, D - d, BLOCK_A, DEPTH, False, True)
+        b_piece = load_rows(b + d, first_b, length_b, stride_b, D - d, BLOCK_B, DEPTH, False, True)
+        products = dot(a_piece, tl.trans(b_piece), products)
+    return products
 
 
 @triton.jit

@@ -111,6 +111,8 @@ CASES = (
         for T, D in ((17, 40), (64, 64), (65, 80), (129, 32), (257, 64), (130, 128))
     ),
     Case("wide_96", _case(1, 2, 40, 96, H_kv=1, S=70, causal=True)),
+    Case("wide_160", _case(1, 2, 40, 160, H_kv=1, S=50, causal=True, window=20, lengths=[45])),
+    Case("wide_200_packed_bias", _case(1, 2, 60, 200, offsets=[0, 20, 60], causal=True, bias_heads=2)),
     Case("wide_256", _case(1, 1, 70, 256, causal=True)),
     Case("nothing_seen_64", _case(1, 2, 37, 64, S=5, causal=True)),
     Case("full_100_77", _case(2, 3, 100, 64, S=77)),

@@ -168,10 +168,6 @@ class _Attention(torch.autograd.Function):
 def _triton_refuses(q, softmax_scale):
     if q.shape[-1] > 256:
         return f"its heads are at most 256 wide, got {q.shape[-1]}"
-    # Without tensor cores the operands of a product lie in registers: for wider heads the kernel of dq spills 208 bytes
-    # a thread with the smallest tiles there are, 16 x 16 (compiled for sm_80).
-    if q.dtype == torch.float32 and q.device.type == "cuda" and q.shape[-1] > 128:
-        return f"its heads are at most 128 wide in float32, got {q.shape[-1]}"
     if softmax_scale <= 0:  # the maximum is taken before the scaling
         return f"its softmax_scale must be positive, got {softmax_scale}"
     return _triton.refuses_product(q)
