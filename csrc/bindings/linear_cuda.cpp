@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd_cuda(const Tensor& dy_any, const T
   check("dy", dy_any, with_last(x_any, F), x_any.scalar_type());
   if (relu) check("mask", mask_any, with_last(x_any, 4 * cuda::mask_words(F)), at::kByte);
   const Tensor dy = aligned(dy_any), x = aligned(x_any);
-  Tensor mask = relu ? mask_any.contiguous() : mask_any;
+  Tensor mask = relu ? aligned(mask_any) : mask_any;
   Tensor dx = empty_if(need_dx, x.sizes(), x), dweight = empty_if(need_dweight, weight_any.sizes(), weight_any);
   Tensor dbias = empty_if(need_dbias, {F}, weight_any);
   switch_half(x, [&, N = N, C = C, F = F](auto element) {
@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd_cublaslt(const Tensor& dy_any, con
   if (shape.N == 0) return {dx, dweight.zero_(), dbias.zero_()};
   Tensor dh = aligned(dy_any);
   if (relu) {
-    const Tensor dy = dh, bits = mask.contiguous();
+    const Tensor dy = dh, bits = aligned(mask);
     dh = at::empty(dy.sizes(), dy.options());
     switch_half(x, [&](auto element) {
       using T = decltype(element);

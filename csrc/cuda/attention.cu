@@ -381,7 +381,7 @@ void launch_fwd(const Attention<T>& a, Stream stream) {
 
 template <class T, int D>
 void launch_bwd(const Attention<T>& a, Stream stream) {
-  if (a.length_q > 0) {
+  if (a.H > 0 && a.length_q > 0) {
     launch(attention_bwd_dq_kernel<T, D>, dim3(blocks_of(a.length_q, kOwn), a.B * a.H), dim3(kWarpsOfRows * ptx::kWarp),
            kBwdSharedBytes<D>, stream, a);
   }
@@ -397,7 +397,7 @@ bool attention_takes(int64_t D) { return D == 64 || D == 96 || D == 128 || D == 
 
 template <class T>
 void launch_attention_fwd(const Attention<T>& a, Stream stream) {
-  if (a.B == 0 || a.length_q == 0) return;
+  if (a.B == 0 || a.H == 0 || a.length_q == 0) return;
   switch (a.D) {
     case 64:
       return launch_fwd<T, 64>(a, stream);

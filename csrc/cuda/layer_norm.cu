@@ -245,6 +245,7 @@ void launch_layer_norm_fwd(const LayerNormFwd<T>& a, Stream stream) {
 
 template <class T>
 void launch_layer_norm_bwd(const LayerNormBwd<T>& a, Stream stream) {
+  if (a.C == 0) return;
   const dim3 block = block_for<T>(a.C);
   const int sums_bytes = block.y * 2 * quads_of_row(a.C, Vector<T>::kSize, block.x) * static_cast<int>(sizeof(Quad));
   if (a.N != 0) {

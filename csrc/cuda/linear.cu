@@ -54,13 +54,15 @@ __global__ void __launch_bounds__(kThreads) linear_product_kernel(const Linear<T
   constexpr bool kBackward = product != LinearProduct::kForward;
   const O operands(l);
   const int64_t M = operands.M, N = operands.N, K = operands.K;
-  const int64_t block_m = static_cast<int64_t>(blockIdx.y) * kM, block_n = static_cast<int64_t>(blockIdx.x) * kN;
+  // Of tiles of rows there may be more than the second dimension of a grid holds blocks.
+  const auto tiles_n = static_cast<unsigned>((N + kN - 1) / kN);
+  const int64_t block_m = static_cast<int64_t>(blockIdx.x / tiles_n) * kM, block_n = blockIdx.x % tiles_n * kN;
   const int thread = threadIdx.x, lane = thread % ptx::kWarp, warp = thread / ptx::kWarp;
   const int warp_m = warp / kWarpsN * kWarpM, warp_n = warp % kWarpsN * kWarpN;
   auto* const shared = ptx::shared_memory<unsigned char>();
   const int64_t words = (l.F + 127) / 128 * 4;  // mask_words, which is a function of the host
   const bool masked = kBackward && l.mask != nullptr;
-  const bool sums_rows = product == LinearProduct::kWeight && l.dbias != nullptr && blockIdx.x == 0 && warp_n == 0;
+  const bool sums_rows = product == LinearProduct::kWeight && l.dbias != nullptr && block_n == 0 && warp_n == 0;
 
   const auto a_tile = [&](int stage) { return ATile{shared + stage * O::kStageBytes}; };
   const auto b_tile = [&](int stage) { return BTile{shared + stage * O::kStageBytes + ATile::kBytes}; };
@@ -242,8 +244,9 @@ __global__ void __launch_bounds__(kMaskThreads) linear_mask_kernel(const Masking
 template <class T, LinearProduct product>
 void launch_product(const Linear<T>& l, int64_t M, int64_t N, Stream stream) {
   if (M == 0 || N == 0) return;
-  const dim3 grid(static_cast<unsigned>((N + kN - 1) / kN), static_cast<unsigned>((M + kM - 1) / kM));
-  launch(linear_product_kernel<T, product>, grid, dim3(kThreads), 2 * Operands<T, product>::kStageBytes, stream, l);
+  const int64_t tiles = ((M + kM - 1) / kM) * ((N + kN - 1) / kN);
+  launch(linear_product_kernel<T, product>, dim3(static_cast<unsigned>(tiles)), dim3(kThreads),
+         2 * Operands<T, product>::kStageBytes, stream, l);
 }
 
 }  // namespace

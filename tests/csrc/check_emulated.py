@@ -62,8 +62,7 @@ def proof_of(
                 refused += 1
             except Refuted as failure:
                 failures.append(f"{case.name}, {dtype}: {failure}")
-    if op == "adamw":
-        failures += wrong_copies()
+    failures += OTHER_PROOFS[op]()
     return {"proven": proven, "refused": refused, "failures": failures, "bank_conflicts": count_conflicts()}
 
 
@@ -88,6 +87,41 @@ def wrong_copies() -> list[str]:
             wrong.append(f"the copy of tensor {index} is not that of its new values")
     ends = (copies[0][-1], copies[1][-1], copies[2][-1], copies[3][0])
     return wrong if all(end.isnan() for end in ends) else [*wrong, "memory beside a copy was written"]
+
+
+def wrong_without_heads() -> list[str]:
+    """A gradient of keys that no query has a head for must be zeros, and nothing may be launched for the queries."""
+    q, k = torch.empty(2, 0, 4, 64, dtype=torch.bfloat16), torch.ones(2, 1, 70, 64, dtype=torch.bfloat16)
+    o, lse = torch.ops.warploom_cuda.attention_fwd(q, k, k, True, 0.125)
+    _, *of_keys = torch.ops.warploom_cuda.attention_bwd(q, q, k, k, o, lse, True, 0.125)
+    return ["gradients without heads are not 0"] if any(gradient.any() for gradient in of_keys) else []
+
+
+def wrong_without_columns() -> list[str]:
+    x, rows = torch.empty(3, 0), torch.zeros(3)
+    torch.ops.warploom_cuda.layer_norm_fwd(x, x[0], None, None, 1e-5)
+    torch.ops.warploom_cuda.layer_norm_bwd(x, None, x, x[0], rows, rows)
+    return []
+
+
+def wrong_with_shifted_mask() -> list[str]:
+    """A mask that begins at no multiple of 4 bytes, of which the kernel reads words."""
+    x, weight, dy = (torch.randn(size, dtype=torch.bfloat16) for size in ((5, 16), (24, 16), (5, 24)))
+    _, mask = torch.ops.warploom_cuda.linear_fwd(x, weight, None, None, "relu", True)
+    shifted = torch.empty(mask.numel() + 1, dtype=torch.uint8)[1:].view(mask.shape).copy_(mask)
+    options = ("relu", True, True, True)
+    both = [torch.ops.warploom_cuda.linear_bwd(dy, x, weight, None, each, *options) for each in (mask, shifted)]
+    equal = all(torch.equal(*pair) for pair in zip(*both, strict=True))
+    return [] if equal and both[0][0].any() else ["gradients change with where the mask begins"]
+
+
+# What no case of the op reaches.
+OTHER_PROOFS = {
+    "adamw": wrong_copies,
+    "attention": wrong_without_heads,
+    "layer_norm": wrong_without_columns,
+    "linear": wrong_with_shifted_mask,
+}
 
 
 def main() -> None:

@@ -95,6 +95,22 @@ PLANTED = {
         "width_7$",
         "AddressSanitizer: heap-",
     ),
+    "vectors from any address on": Planted(
+        "adamw",
+        "vector.cuh",
+        "reinterpret_cast<uintptr_t>(pointers) % bytes == 0",
+        "reinterpret_cast<uintptr_t>(pointers) != 1",
+        "ragged",
+        "at no multiple of",
+    ),
+    "grid that is too tall": Planted(
+        "layer_norm",
+        "layer_norm.cu",
+        "dim3(blocks), block, 2",
+        "dim3(1, blocks + 65535), block, 2",
+        "many_rows",
+        "a grid of 1 x 65",
+    ),
     "wrong fragment index": Planted(
         "linear",
         "tiles.cuh",

@@ -4,7 +4,7 @@
 // What is found, each ends the process with a sentence: an access outside of shared or global memory
 // (AddressSanitizer), two accesses of which one writes and between which no barrier is (races.cpp), a barrier that not
 // all threads reach, an asynchronous copy that is read before it is waited for, an address that an instruction does not
-// take.
+// take, a load or store of 2 to 16 bytes at no multiple of its size, a grid that no card takes.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +20,7 @@ namespace warploom::emulator {
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
+constexpr unsigned kMaxGridRest = 65535;    // blocks of a grid in its second and in its third dimension
 constexpr int kMaxSharedBytes = 99 * 1024;  // of the smaller cards: a kernel that needs more would not run there
 constexpr int kSlotBytes = 64;
 

@@ -104,6 +104,13 @@ void check_and_record(void* pointer, size_t size, bool is_write) {
   if (now() != nullptr) record_access(pointer, size, is_write);
 }
 
+// Of what one instruction reads or writes. A GPU ends the kernel where the CPU is only slower.
+void check_alignment(const void* pointer, size_t size) {
+  if (now() != nullptr && !is_private(pointer) && reinterpret_cast<uintptr_t>(pointer) % size != 0) {
+    fail("thread %u reads or writes %zu bytes at no multiple of %zu", now()->thread - 1, size, size);
+  }
+}
+
 }  // namespace
 
 void record_access(const void* pointer, size_t size, bool is_write, bool pending) {
@@ -138,9 +145,11 @@ void forget_accesses() { lines().clear(); }
 
 #define WARPLOOM_INTERCEPT(size)                                                            \
   extern "C" __attribute__((visibility("hidden"))) void __asan_load##size(void* pointer) {  \
+    warploom::emulator::check_alignment(pointer, size);                                     \
     warploom::emulator::check_and_record(pointer, size, false);                             \
   }                                                                                         \
   extern "C" __attribute__((visibility("hidden"))) void __asan_store##size(void* pointer) { \
+    warploom::emulator::check_alignment(pointer, size);                                     \
     warploom::emulator::check_and_record(pointer, size, true);                              \
   }
 WARPLOOM_INTERCEPT(1)

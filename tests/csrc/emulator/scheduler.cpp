@@ -207,6 +207,7 @@ void run(dim3 grid, dim3 block, int shared_bytes, const std::function<void()>& k
   const unsigned threads = block.x * block.y * block.z, blocks = grid.x * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads) fail("a block of %u threads", threads);
   if (blocks == 0) fail("a grid without a block");
+  if (grid.y > kMaxGridRest || grid.z > kMaxGridRest) fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
   if (shared_bytes > kMaxSharedBytes) fail("%d bytes of shared memory, of %d", shared_bytes, kMaxSharedBytes);
   m.grid = grid;
   m.block = block;
