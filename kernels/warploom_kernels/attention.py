@@ -166,7 +166,9 @@ def _bias_gradient(
     arguments["num_heads"] = arguments["H"] if heads == 1 else 1
     arguments["num_entries"] = B if cu_seqlens is None else arguments["num_documents"]
     width = int(arguments["BLOCK_D"])  # type: ignore[call-overload]
-    block = 64 if 90 <= arch < 120 else 32
+    q = arguments["q"]
+    assert isinstance(q, Tensor)
+    block = 64 if 90 <= arch < 120 and q.dtype != torch.float32 else 32  # without tensor cores those of 64 spill
     depth = {"DEPTH": min(width, 16 if arch == INTERPRETER else 64)}
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
     if bias.dim() == 3:
