@@ -4,7 +4,7 @@ step.py          the training step
 trainer.py       Trainer: everything around the step; result.py: how a run ended
 spikes.py        which loss or gradient norm is a spike
 corruption.py    steps computed twice, against silent corruption
-run_state.py     the state of a run, into a checkpoint and back
+run_state.py     the state of a run, into a checkpoint and back; saving.py: when, and what it costs
 config.py        RunConfig: model, train, optimizer, schedule
 batches.py       what the trainer asks of data
 heldout.py       loss, perplexity and bits per byte on the held-out split

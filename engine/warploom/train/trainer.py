@@ -19,12 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from warploom.checkpoint import rng
-from warploom.checkpoint.background import BackgroundSaver
 from warploom.checkpoint.format import CheckpointState, list_checkpoints, step_of
 from warploom.checkpoint.lock import FolderLock
-from warploom.checkpoint.ranks import save_over_ranks
-from warploom.checkpoint.retention import apply_retention
-from warploom.checkpoint.save import SaveFailed, save_checkpoint
 from warploom.data.shards import TokenDataset
 from warploom.data.tokenizer import Tokenizer
 from warploom.errors import UserError
@@ -59,6 +55,7 @@ from warploom.train.monitor import (
 from warploom.train.recompute import set_kept
 from warploom.train.result import TrainResult
 from warploom.train.run_state import Progress
+from warploom.train.saving import RunSaver
 from warploom.train.spikes import SpikeWatch
 from warploom.train.step import ONE_PROCESS, Processes, StepOutcome, training_step
 
@@ -116,7 +113,6 @@ class Trainer:
         self._parallel: ParallelModel | None = None
         self._begun: set[str] = set()
         self._steps_are_long: int = True  # on one of the processes; the first step may be
-        self._checkpoint: Path | None = None  # the last that was written or taken up
         self._planned_steps = config.train.steps or math.ceil(
             (config.train.epochs or 1) * self._data.num_sequences / config.train.global_batch_size
         )
@@ -131,8 +127,6 @@ class Trainer:
         with self._run_lock(), StopSignals() as signals:
             self._signals = signals
             heartbeat.report("set-up")
-            self._saver = BackgroundSaver(self._write)
-            self._stalls_s: list[float] = []
             self._set_up()
             try:
                 self._start_monitor()
@@ -177,6 +171,7 @@ class Trainer:
         else:
             self._set_up_parallel(self._parallelize)
         found = run_state.find_state(train, self._message, self._parallel)
+        latest: Path | None = None
         if found is None:
             self.progress = Progress(self._planned_steps, train.micro_batch_size or self._find_micro_batch_size())
             self._stream = self._data.train_batches(self._rows_per_read)
@@ -185,7 +180,7 @@ class Trainer:
             torch.manual_seed(process_seed(train.seed, self._rank))
             self._run_id = run_state.run_id(self.config, self._stream)
         else:
-            self._checkpoint, state = found
+            latest, state = found
             self.progress = run_state.restore(
                 *found,
                 self.model,
@@ -198,7 +193,9 @@ class Trainer:
             self._stream = self._data.train_batches(self._rows_per_read)
             self._stream.load_state_dict(state.meta["loader"])
             self._run_id = state.run or run_state.run_id(self.config, self._stream)
-        self._saved = (self.progress.step, self.progress.evaluated_step)
+        self._saver = RunSaver(
+            self.config, self._capture, self.progress, self._message, latest=latest, parallel=self._parallel
+        )
         self._spikes = SpikeWatch(train, self.progress.recent)
         if self._device.type == "cpu":
             # After the search for the micro batch: it goes by how much memory the process takes from the system.
@@ -308,7 +305,6 @@ class Trainer:
         self._interval_s, self._interval_steps, self._interval_tokens = 0.0, 0, 0
         self._paced_since = (time.monotonic(), progress.step)
         self._pace_s = 0.0 if self._deadline is None else self._deadline.step_s
-        self._loop_started = time.perf_counter()
         heartbeat.report(step=progress.step)
         while True:
             is_last = progress.step >= progress.num_steps
@@ -325,9 +321,9 @@ class Trainer:
             is_best = train.keep_best > 0 and progress.step == progress.best_step
             is_due = stopped_because is not None or is_best or progress.step % train.save_every == 0
             if is_due:
-                self._save_when_due(is_final=stopped_because is not None)
+                self._saver.save(is_final=stopped_because is not None)
             if stopped_because is not None:
-                self._say_stall()
+                self._saver.say_stall()
                 return stopped_because, signal
             self._step()
             if self._deadline is not None:
@@ -405,7 +401,7 @@ class Trainer:
             numbers = outcome.loss, outcome.grad_norm, train.global_batch_size
             self._monitor.odd_step(OddStep(progress.step, *numbers, position, why, outcome.skipped))
         if progress.skipped_in_a_row >= train.max_nonfinite_steps:
-            self._collect()
+            self._saver.collect()
             run_state.rewind(
                 progress,
                 self.model,
@@ -491,11 +487,9 @@ class Trainer:
         if self._monitor is not None:
             self._monitor.evaluation(record)
 
-    def _save(self) -> None:
-        """Begin to save the state of the run; _collect waits for it."""
-        progress = self.progress
+    def _capture(self) -> CheckpointState:
         state = run_state.capture(
-            progress,
+            self.progress,
             self.model,
             self._optimizers,
             self._stream,
@@ -505,52 +499,7 @@ class Trainer:
             self._run_id,
         )
         state.meta.update(self._extras)
-        self._saver.start(state)
-        self._saved = (progress.step, progress.evaluated_step)
-
-    def _collect(self, *, is_final: bool = False) -> None:
-        """Wait for the save that was begun last. One that failed is said; at the end of the run it is an error."""
-        try:
-            self._checkpoint = self._saver.wait() or self._checkpoint
-        except SaveFailed as failure:  # of one process, on all
-            self._saved = (-1, -1)
-            if is_final:
-                raise
-            self._message(f"{failure} The run goes on, and the next checkpoint will be tried at its time.")
-
-    def _say_stall(self) -> None:
-        """Say what saving, but for the last time, has cost the steps."""
-        if self._stalls_s:
-            share = sum(self._stalls_s) / (time.perf_counter() - self._loop_started)
-            self._message(
-                f"Checkpoints: {len(self._stalls_s)} saved between steps, which waited {max(self._stalls_s):.3f} s at "
-                f"most and {share:.2%} of the time."
-            )
-
-    def _save_when_due(self, is_final: bool) -> None:
-        """Save unless the state is saved, and note how long the steps had to wait for that."""
-        progress = self.progress
-        started = time.perf_counter()
-        heartbeat.report("checkpoint")
-        self._collect()
-        if (progress.step, progress.evaluated_step) == self._saved:
-            return
-        self._save()
-        # Collectives that are compared must come one after the other, and a save has some of its own.
-        waits = not self.config.train.save_in_background or self.config.parallel.check_collectives
-        if is_final or waits:
-            self._collect(is_final=is_final)
-        if not is_final:
-            self._stalls_s.append(time.perf_counter() - started)
-
-    def _write(self, state: CheckpointState) -> Path:
-        train = self.config.train
-        tidy = functools.partial(apply_retention, train.out_dir, train.keep_last, train.keep_best)
-        if self._parallel is not None:
-            return save_over_ranks(train.out_dir, state, self._parallel.ranks, tidy)
-        path = save_checkpoint(train.out_dir, state)
-        tidy()
-        return path
+        return state
 
     def _signal(self, signals: StopSignals) -> Signals | None:
         """Return the signal that one of the processes received."""
@@ -591,7 +540,7 @@ class Trainer:
             best_heldout_loss=math.nan if progress.best_loss is None else progress.best_loss,
             stopped_because=stopped_because,
             stop_signal=stop_signal,
-            checkpoint=self._checkpoint,
+            checkpoint=self._saver.latest,
             best_checkpoint=kept.get(progress.best_step),
             warnings=tuple(diagnose(curve)),
         )
