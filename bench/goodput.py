@@ -1,10 +1,15 @@
 """How much of the time is useful under faults: `python -m bench.goodput`.
 
 A run of two processes under `warploom launch`, one of which is killed every so often. Useful is the time of the steps
-that are in the final weights, by the run's own metrics; a step that was made again counts once, and what a start, a
-checkpoint, a restart or an evaluation takes is lost. The control is the same run without faults. --restarts N instead
-strikes N times, some seconds after steps are being made again. Times are from the strike until the launcher said so,
-and until there was a step again; the last column is from SIGTERM until the run was saved and gone.
+that are in the final weights, by the run's own metrics: forward, backward, exchange, update. Everything else is lost,
+and a second table says to what, in shares of the wall time, which begins with the command: the start, up to the end of
+the first step; the waits after faults, from the strike to the end of the next step; steps that were made again; saves
+that steps waited for; and what lies between steps, which is signals and records. There is no evaluation in these runs.
+Checkpoints are as far apart as the engine sets them for faults of that frequency (train.fault_every_s), or --save-every
+steps. The control, with the checkpoints of the first of the others, has no faults.
+
+--restarts N instead strikes N times, some seconds after steps are being made again. Times are from the strike until the
+launcher said so, and until there was a step again; the last column is from SIGTERM until the run was saved and gone.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.faulty_run import FaultyRun
 from warploom.data.shards import tokenize_corpus
@@ -35,15 +41,33 @@ class Outcome:
     faults: int
     recovered: int
     wall_s: float
-    useful_s: float
-    steps: int
+    start_s: float  # from the command until there was a step
+    steps_s: list[float]  # of each step that was kept
+    waited_s: float  # from strikes until there were steps again, or the run was over
+    again_s: float  # of steps that were lost to faults
+    saving_s: float  # steps waited for
+    saves: int
     known_s: list[float]  # from each strike until the launcher said so
     back_s: list[float]  # and until there was a step again
     stop_s: float  # from SIGTERM at the end until all was saved and gone
 
     @property
     def goodput(self) -> float:
-        return self.useful_s / self.wall_s
+        return sum(self.steps_s) / self.wall_s
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Where the wall time went; they add up to 1."""
+        # The first step is one of the kept, and so is the first after each fault.
+        spent = {
+            "useful steps": sum(self.steps_s),
+            "start": self.start_s - self.steps_s[0],
+            "waits after faults": self.waited_s - len(self.back_s) * statistics.median(self.steps_s),
+            "steps made again": self.again_s,
+            "saving": self.saving_s,
+        }
+        spent["between steps"] = self.wall_s - sum(spent.values())
+        return {name: seconds / self.wall_s for name, seconds in spent.items()}
 
 
 def run(
@@ -51,24 +75,28 @@ def run(
     tokens: Path,
     seconds: float,
     fault_every_s: float,
-    save_every: int,
+    saves: Sequence[str],
     restarts: int = 0,
     between_s: float = 8.0,
     number: signal.Signals = signal.SIGKILL,
 ) -> Outcome:
     """Train for so many seconds of wall time, with a signal every fault_every_s (0: none) to a process drawn by a fixed
-    seed. restarts: end after so many instead, each kill about between_s after there are steps again."""
+    seed. saves: the flags that say how often to save. restarts: end after so many instead, each kill about between_s
+    after there are steps again."""
     arguments = [
         *("train", "--data", str(tokens), "--train.out-dir", str(folder / "run"), "--train.steps", "100000000"),
         *(word for name, value in _MODEL.items() for word in (f"--model.{name}", str(value))),
         *("--train.seq-len", "64", "--train.global-batch-size", "16", "--train.micro-batch-size", "8"),
-        *("--train.save-every", str(save_every), "--train.eval-every", "1000000000", "--train.keep-best", "0"),
+        *(*saves, "--train.eval-every", "1000000000", "--train.keep-best", "0"),
         *("--train.device", "cpu", "--train.threads", "1"),
     ]
     chance = random.Random(0)
     struck_at: list[float] = []
     known_s: list[float] = []
     back_s: list[float] = []
+    first_step_at = 0.0
+    lost: list[dict[str, Any]] = []  # records of steps and saves that a fault undid
+    metrics: list[dict[str, Any]] = []
     started, next_fault = time.monotonic(), time.monotonic() + (fault_every_s or float("inf"))
     with FaultyRun(folder, ["--nproc", "2", "--max-restarts", "1000000"], arguments) as running:
         stepping = False
@@ -81,8 +109,12 @@ def run(
                     if len(known_s) == len(struck_at):
                         raise RuntimeError(f"nothing was done to it: {event['sentence']}")
                     known_s.append(event["monotonic_s"] - struck_at[-1])
+                    metrics = _metrics(folder)  # before the next start cuts them off where it goes on
+                if event["event"] == "set-up" and metrics:
+                    lost += [record for record in metrics if record["step"] > event["step"]]
                 if event["event"] == "stepping":
                     stepping = True
+                    first_step_at = first_step_at or event["monotonic_s"]
                     if len(back_s) < len(struck_at):
                         back_s.append(event["monotonic_s"] - struck_at[-1])
             now = time.monotonic()
@@ -99,6 +131,7 @@ def run(
         wall_s = time.monotonic() - started
         running.process.send_signal(signal.SIGTERM)
         stopping = time.monotonic()
+        waited_s = sum(back_s) + (started + wall_s - struck_at[-1] if len(back_s) < len(struck_at) else 0.0)
         if running.process.wait(120) != 128 + signal.SIGTERM:
             raise RuntimeError(f"the run did not end as asked:\n{running.log[-3000:]}")
         stop_s = time.monotonic() - stopping
@@ -106,20 +139,42 @@ def run(
         kinds = [event["kind"] for event in running.of("fault")]
         if kinds != ["frozen" if number == signal.SIGSTOP else "dead"] * len(struck_at):
             raise RuntimeError(f"{len(struck_at)} processes were struck, and found was {kinds}:\n{running.log[-3000:]}")
-    steps = [json.loads(line) for line in (folder / "run" / METRICS_FILE).read_text().splitlines()]
-    steps = [record for record in steps if record["kind"] == "step"]
-    numbers = [record["step"] for record in steps]
-    if numbers != list(range(1, len(steps) + 1)):
+    kept = _metrics(folder)
+    steps = [record for record in kept if record["kind"] == "step"]
+    if [record["step"] for record in steps] != list(range(1, len(steps) + 1)):
         raise RuntimeError("the metrics do not have each step once")
-    useful_s = sum(record["step_s"] for record in steps)
-    return Outcome(len(struck_at), len(back_s), wall_s, useful_s, len(steps), known_s, back_s, stop_s)
+    return Outcome(
+        faults=len(struck_at),
+        recovered=len(back_s),
+        wall_s=wall_s,
+        start_s=first_step_at - started,
+        steps_s=[record["step_s"] for record in steps],
+        waited_s=waited_s,
+        again_s=sum(record["step_s"] for record in lost if record["kind"] == "step"),
+        saving_s=sum(record["stall_s"] for record in kept + lost if record["kind"] == "save"),
+        saves=sum(record["kind"] == "save" for record in kept + lost),
+        known_s=known_s,
+        back_s=back_s,
+        stop_s=stop_s,
+    )
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run so far, but for a last one that a kill has torn."""
+    lines = (folder / "run" / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(text) for text in lines if text.endswith("\n")]
 
 
 def line(name: str, outcome: Outcome) -> str:
     return (
-        f"| {name} | {outcome.wall_s:.0f} s | {outcome.faults} | {outcome.recovered} | {outcome.steps:,} | "
+        f"| {name} | {outcome.wall_s:.0f} s | {outcome.faults} | {outcome.recovered} | {len(outcome.steps_s):,} | "
         f"{outcome.goodput:.3f} | {_spread(outcome.known_s)} | {_spread(outcome.back_s)} | {outcome.stop_s:.1f} s |"
     )
+
+
+def shares_line(name: str, outcome: Outcome) -> str:
+    step_ms = 1e3 * statistics.median(outcome.steps_s)
+    return f"| {name} | {' | '.join(f'{x:.3f}' for x in outcome.shares.values())} | {outcome.saves} | {step_ms:.1f} |"
 
 
 def _spread(seconds: Sequence[float]) -> str:
@@ -128,11 +183,18 @@ def _spread(seconds: Sequence[float]) -> str:
     return f"{statistics.median(ordered):.2f}, {ordered[math.ceil(0.95 * len(ordered)) - 1]:.2f} s" if ordered else "-"
 
 
+def save_flags(save_every: int, fault_every_s: float) -> list[str]:
+    """What makes a run save every so many steps, or, if that is 0, as suits faults of that frequency."""
+    if save_every:
+        return ["--train.save-every", str(save_every)]
+    return ["--train.save-every", "1000000000", "--train.fault-every-s", str(fault_every_s)]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.goodput", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="wall time of each run (default: %(default)s)")
     parser.add_argument("--every-s", type=float, nargs="*", default=[60.0, 300.0], help="seconds between faults")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; 0: train.fault_every_s")
     parser.add_argument("--restarts", type=int, default=0, help="measure so many restarts instead")
     parser.add_argument("--signal", choices=["KILL", "STOP"], default="KILL", help="what a process is struck with")
     parser.add_argument("--between-s", type=float, default=8.0, help="--restarts: seconds of steps between kills")
@@ -148,15 +210,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns += ["known: median, p95", "back: median, p95", "stop"]
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
         if args.restarts:
-            outcome = run(
-                Path(scratch, "restarts"), tokens, 0.0, 0.0, args.save_every, args.restarts, args.between_s, number
-            )
-            print(line("restart", outcome), flush=True)
-            return
-        for every_s in ([] if args.no_control else [0.0]) + args.every_s:
-            name = f"{every_s:.0f} s" if every_s else "never"
-            outcome = run(Path(scratch, name), tokens, 60 * args.minutes, every_s, args.save_every, number=number)
-            print(line(name, outcome), flush=True)
+            saves = save_flags(args.save_every, args.between_s)
+            outcomes = {
+                "restart": run(
+                    Path(scratch, "restarts"), tokens, 0.0, 0.0, saves, args.restarts, args.between_s, number
+                )
+            }
+            print(line("restart", outcomes["restart"]), flush=True)
+        else:
+            outcomes = {}
+            for every_s in ([] if args.no_control else [0.0]) + args.every_s:
+                name = f"{every_s:.0f} s" if every_s else "never"
+                saves = save_flags(args.save_every, every_s or args.every_s[0])
+                outcomes[name] = run(Path(scratch, name), tokens, 60 * args.minutes, every_s, saves, number=number)
+                print(line(name, outcomes[name]), flush=True)
+        columns = ["a fault every", *next(iter(outcomes.values())).shares, "saves", "step ms"]
+        print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+        for name, outcome in outcomes.items():
+            print(shares_line(name, outcome))
         print(f"\nload average {os.getloadavg()[0]:.1f} after the last run")
 
 

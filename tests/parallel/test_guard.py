@@ -116,3 +116,8 @@ def test_a_signal_to_one_process_ends_a_long_step_of_all_and_the_run_goes_on_bit
 def test_a_step_that_ends_in_time_is_not_given_up(results):
     expected = {"steps": 7, "signal": signal.SIGTERM, "resumed": 10, "equal": True}
     assert [result["signal"]["shard, 60"] for result in results] == [expected] * 2
+
+
+def test_after_a_short_step_all_know_of_the_signal_to_one(results):
+    expected = {"steps": 7, "signal": signal.SIGTERM, "resumed": 10, "equal": True}
+    assert [result["signal"]["data, short"] for result in results] == [expected] * 2

@@ -16,8 +16,7 @@ from tests.train.toy import Log, ToyData, counting, toy_config, toy_model
 from warploom.checkpoint import list_checkpoints, load_checkpoint, rng
 from warploom.checkpoint.format import step_of
 from warploom.errors import UserError
-from warploom.train import guard
-from warploom.train import trainer as trainer_module
+from warploom.train import guard, saving
 from warploom.train.trainer import Trainer
 
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -215,14 +214,14 @@ def test_the_tokenizer_lies_in_the_checkpoint(runs, tokens):
 def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, in_background):
     """The write of step 4 lasts until step 6 is done; what it holds is step 4 all the same."""
     go_on, was_free = threading.Event(), []
-    true_save = trainer_module.save_checkpoint
+    true_save = saving.save_checkpoint
 
     def save_checkpoint(run_dir, state):
         if state.step == 4:
             was_free.append(go_on.wait(30 if in_background else 0.1))
         return true_save(run_dir, state)
 
-    monkeypatch.setattr(trainer_module, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(saving, "save_checkpoint", save_checkpoint)
     log = Log()
     log.step = lambda record: go_on.set() if record.step == 6 else None
     arguments = {"steps": 8, "eval_every": 100, "keep_best": 0, "keep_last": 9}
@@ -238,7 +237,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, in_bac
 
 
 def test_a_signal_waits_for_the_write_that_is_under_way(tmp_path, monkeypatch):
-    true_save, saved = trainer_module.save_checkpoint, []
+    true_save, saved = saving.save_checkpoint, []
 
     def save_checkpoint(run_dir, state):
         if state.step == 4:
@@ -247,7 +246,7 @@ def test_a_signal_waits_for_the_write_that_is_under_way(tmp_path, monkeypatch):
         saved.append(state.step)
         return true_save(run_dir, state)
 
-    monkeypatch.setattr(trainer_module, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(saving, "save_checkpoint", save_checkpoint)
     result, _ = fit(toy_config(tmp_path, steps=1000, save_every=4, eval_every=2000, keep_best=0))
     assert result.stop_signal == signal.SIGTERM and saved[0] == 4
     assert [step_of(path.name) for path in list_checkpoints(tmp_path)] == sorted({4, result.steps}, reverse=True)

@@ -142,7 +142,7 @@ class Log:
 
     def __init__(self):
         self.steps, self.evaluations, self.messages, self.results, self.is_closed = [], [], [], [], False
-        self.skips, self.spikes = [], []
+        self.skips, self.spikes, self.saves = [], [], []
 
     def start(self, info):
         self.info = info
@@ -152,6 +152,9 @@ class Log:
 
     def odd_step(self, record):
         (self.skips if record.skipped else self.spikes).append(record)
+
+    def save(self, record):
+        self.saves.append(record)
 
     def evaluation(self, record):
         self.evaluations.append(record)

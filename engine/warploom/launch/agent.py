@@ -163,7 +163,7 @@ class Agent(SimpleElasticAgent):
             return
         if self._first_step is None:
             self._first_step = step
-            self._note("set-up")
+            self._note("set-up", step=step)
         if step > self._first_step:
             self._is_stepping = True
             self._note("stepping", step=step)

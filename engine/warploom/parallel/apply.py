@@ -48,6 +48,9 @@ class ParallelModel:
 
     def __init__(self, model: Transformer, mesh: Mesh, micro_batch_size: int, *, sums_gradients: bool = True) -> None:
         self.mesh, self._model, self._micro_batch_size = mesh, model, micro_batch_size
+        self.flags: Callable[[], Sequence[bool]] = tuple
+        """What this process has to say in each step; totals takes it along."""
+        self._raised: Tensor | None = None
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         axis = mesh.axis
         # Stages take out whole blocks, so they come first. To what follows each is a model of its own.
@@ -123,7 +126,10 @@ class ParallelModel:
         return loss
 
     def totals(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
-        """Return the loss and the gradient's norm over all processes, float64, the same bits on each."""
+        """Return the loss and the gradient's norm over all processes, float64, the same bits on each.
+
+        The flags of all processes go the same way, which spares each step another collective; see take_raised.
+        """
         axis = self.mesh.axis
         # What several processes have count once: copies of stages, the whole along the tensor axis, and replicas.
         slices = self._tensor.slices
@@ -138,9 +144,17 @@ class ParallelModel:
                 norm.square() * (axis["data"].index == 0) + rest,
             )
         )
+        flags = torch.tensor(self.flags(), dtype=totals.dtype)
+        totals = torch.cat((totals, flags.to(totals.device)))
         dist.all_reduce(totals)
+        self._raised = totals[2:]
         heartbeat.report(part="update")
         return totals[0], totals[1].sqrt()
+
+    def take_raised(self) -> list[bool] | None:
+        """Return for each flag whether one of the processes raised it in the step before; once, None afterwards."""
+        raised, self._raised = self._raised, None
+        return None if raised is None else [count > 0 for count in raised.tolist()]
 
     @torch.no_grad()
     def heldout_loss_sum(self, **inputs: Tensor) -> Tensor:
@@ -194,11 +208,11 @@ class ParallelModel:
     def take_up(self, state: State) -> None:
         take_up(self, state)
 
-    def any_process(self, *flags: int) -> list[int]:
-        """Return the largest of all processes for each flag."""
-        values = torch.tensor(flags, device=self.mesh.device)
+    def any_process(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether one of the processes raises it. All must ask at the same time."""
+        values = torch.tensor(flags, dtype=torch.int64, device=self.mesh.device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values.tolist()
+        return [value > 0 for value in values.tolist()]
 
     def _micro_batches(self, batch: Inputs) -> Iterator[Inputs]:
         axis = self.mesh.axis["context"]

@@ -59,6 +59,9 @@ class TrainConfig:
     """Stop after this many evaluations without a better held-out loss; 0 never stops early."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end, and one when the run is interrupted."""
+    fault_every_s: float = 0.0
+    """Seconds after which a fault is to be expected. Above 0 the run is also saved when it has been for so long that
+    more would be lost by a fault than saves take: Young's interval, from what saves have taken so far."""
     save_in_background: bool = True
     """Write checkpoints while training goes on, from a copy of weights and optimizer state in host memory, which takes
     as much again; without, and with parallel.check_collectives, training waits."""
@@ -108,7 +111,7 @@ class TrainConfig:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give 1 or more")
         for name in (
             *("seed", "micro_batch_size", "grad_clip", "eval_tokens", "patience", "keep_best", "threads"),
-            *("memory_gb", "max_rewinds", "spike_zscore", "sdc_check_every"),
+            *("memory_gb", "max_rewinds", "spike_zscore", "sdc_check_every", "fault_every_s"),
         ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; give 0 or more")

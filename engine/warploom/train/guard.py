@@ -11,7 +11,7 @@ from typing import Any
 
 from warploom.parallel import heartbeat
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Time that a step has to end after a signal. Schedulers kill 10 to 30 s after SIGTERM, and a checkpoint follows.
 GRACE_S = 3.0
 LONG_STEP_S = 1.0
@@ -41,7 +41,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -53,5 +53,5 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received, self._received_at = signal.Signals(number), time.monotonic()
         heartbeat.report_signal()
-        for each in _SIGNALS:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)

@@ -1,14 +1,16 @@
 """What a run shows and records while it trains: a live display, metrics.jsonl and TensorBoard events.
 
-The trainer hands in records; nothing here reads the model. metrics.jsonl holds one JSON object per line, a StepRecord
-or an EvalRecord with its "kind" ("step" or "eval"), so that the report, and anyone else, can draw the run from it.
+The trainer hands in records; nothing here reads the model. metrics.jsonl holds one JSON object per line, a record with
+its "kind" ("step", "eval", "save", "skip" or "spike"), so that the report, and anyone else, can draw the run from it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
 
 from warploom.ops import _extension
 
@@ -80,6 +83,14 @@ class OddStep:
 
 
 @dataclass(frozen=True)
+class SaveRecord:
+    """One checkpoint between two steps."""
+
+    step: int
+    stall_s: float  # for which the steps waited; it is written beside them
+
+
+@dataclass(frozen=True)
 class EvalRecord:
     """One evaluation on the held-out split."""
 
@@ -90,11 +101,19 @@ class EvalRecord:
     scores: dict[str, float] = field(default_factory=dict)  # of benchmarks, such as arc_easy/acc; none unless asked for
 
 
+Record = StepRecord | OddStep | SaveRecord | EvalRecord
+
+
 def memory_bytes(device: torch.device) -> int:
     """Memory this process holds now: resident set on a CPU, PyTorch's allocator on a CUDA device."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
-    return psutil.Process().memory_info().rss
+    return _process(os.getpid()).memory_info().rss
+
+
+@functools.cache
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)  # which reads when it was started: more work than its memory
 
 
 def tensors_peak_bytes(device: torch.device) -> int:
@@ -182,6 +201,9 @@ class Monitor:
             self._events.add_scalar(name, score, record.step)
         self._show(0.0)
 
+    def save(self, record: SaveRecord) -> None:
+        self._record("save", record, ("stall_s",))
+
     def message(self, text: str) -> None:
         """Print a sentence above the display."""
         self._console.print(text, markup=False, highlight=False)
@@ -203,17 +225,18 @@ class Monitor:
             self._events.close()
         self._live = self._metrics = self._events = None
 
-    def _record(self, kind: str, record: StepRecord | OddStep | EvalRecord, scalars: tuple[str, ...]) -> None:
+    def _record(self, kind: str, record: Record, scalars: tuple[str, ...]) -> None:
         assert self._metrics is not None and self._events is not None, "start() comes first"
         values = {"kind": kind, **dataclasses.asdict(record)}
         if not values.get("scores", True):
             del values["scores"]
-        json.dump({key: _json_value(value) for key, value in values.items()}, self._metrics, allow_nan=False)
-        self._metrics.write("\n")
+        line = json.dumps({key: _json_value(value) for key, value in values.items()}, allow_nan=False)
+        self._metrics.write(line + "\n")
         self._metrics.flush()  # a run that is killed keeps its curve
-        for name in scalars:
-            if math.isfinite(values[name]):
-                self._events.add_scalar(name, values[name], record.step)
+        # One event for all of them: add_scalar, which makes one of each, takes six times as long.
+        found = [Summary.Value(tag=name, simple_value=values[name]) for name in scalars if math.isfinite(values[name])]
+        if found:
+            self._events.file_writer.add_summary(Summary(value=found), record.step)
 
     def _show(self, at_most_every_s: float) -> None:
         now = self._clock()

@@ -66,6 +66,7 @@ _OF_NO_CONSEQUENCE = (
     "train.sample_prompts:",
     "parallel:",
     "train.save_in_background:",
+    "train.fault_every_s:",
     "train.sdc_check_every:",
 )
 

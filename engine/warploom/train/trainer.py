@@ -41,7 +41,7 @@ from warploom.train.config import RunConfig
 from warploom.train.corruption import ComputedTwice
 from warploom.train.device import choose_device, choose_dtype, first_devices
 from warploom.train.diagnosis import diagnose
-from warploom.train.guard import LONG_STEP_S, StepAbandoned, StopSignals
+from warploom.train.guard import LONG_STEP_S, SIGNALS, StepAbandoned, StopSignals
 from warploom.train.heldout import heldout_loss
 from warploom.train.monitor import (
     EvalRecord,
@@ -112,7 +112,10 @@ class Trainer:
         self._parallelize, self._rank = parallelize, 0 if parallelize is None else parallelize.mesh.rank
         self._parallel: ParallelModel | None = None
         self._begun: set[str] = set()
-        self._steps_are_long: int = True  # on one of the processes; the first step may be
+        # What one of the processes says at least, of what all are to do alike.
+        self._steps_are_long = True  # the first step may be
+        self._is_save_due = False
+        self._step_started = -math.inf
         self._planned_steps = config.train.steps or math.ceil(
             (config.train.epochs or 1) * self._data.num_sequences / config.train.global_batch_size
         )
@@ -194,8 +197,10 @@ class Trainer:
             self._stream.load_state_dict(state.meta["loader"])
             self._run_id = state.run or run_state.run_id(self.config, self._stream)
         self._saver = RunSaver(
-            self.config, self._capture, self.progress, self._message, latest=latest, parallel=self._parallel
+            self.config, self._capture, self.progress, self._monitor, latest=latest, parallel=self._parallel
         )
+        if self._parallel is not None:
+            self._parallel.flags = self._flags
         self._spikes = SpikeWatch(train, self.progress.recent)
         if self._device.type == "cpu":
             # After the search for the micro batch: it goes by how much memory the process takes from the system.
@@ -320,7 +325,7 @@ class Trainer:
                 stopped_because = f"the held-out loss was no better for {train.patience} evaluations"
             is_best = train.keep_best > 0 and progress.step == progress.best_step
             is_due = stopped_because is not None or is_best or progress.step % train.save_every == 0
-            if is_due:
+            if is_due or self._is_save_due:
                 self._saver.save(is_final=stopped_because is not None)
             if stopped_because is not None:
                 self._saver.say_stall()
@@ -358,9 +363,9 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
-        position, random_states = self._stream.state_dict(), rng.capture()
+        position, put_random_states_back = self._stream.state_dict(), rng.remember()
         self._spikes.found = None
-        started = time.perf_counter()
+        self._step_started = started = time.perf_counter()
         micro_batches = [next(self._stream) for _ in range(train.global_batch_size // self._rows_per_read)]
         try:
             outcome = training_step(
@@ -375,10 +380,9 @@ class Trainer:
         except StepAbandoned:
             # As if it had not begun: what is saved now goes on with this very step.
             self._stream.load_state_dict(position)
-            rng.restore(*random_states)
+            put_random_states_back()
             return
         step_s = time.perf_counter() - started
-        self._steps_are_long = step_s > LONG_STEP_S
         heartbeat.report(step=progress.step + 1)
 
         num_tokens = sum(batch.tokens.numel() for batch in micro_batches)
@@ -502,12 +506,22 @@ class Trainer:
         return state
 
     def _signal(self, signals: StopSignals) -> Signals | None:
-        """Return the signal that one of the processes received."""
+        """Return the signal that one of the processes received. After a short step that is what its sums brought along:
+        what came since is known after the next."""
         heartbeat.report()
-        number, self._steps_are_long = self._anywhere(signals.received or 0, self._steps_are_long)
-        return Signals(number) if number else None
+        raised: Sequence[bool] | None = None if self._parallel is None else self._parallel.take_raised()
+        if raised is None or raised[0]:
+            raised = self._anywhere(*self._flags())
+        self._steps_are_long, self._is_save_due, *received = raised
+        return next((number for number, is_here in zip(SIGNALS, received, strict=True) if is_here), None)
 
-    def _anywhere(self, *flags: int) -> Sequence[int]:
+    def _flags(self) -> Sequence[bool]:
+        """What this process tells the others in each step."""
+        is_long = time.perf_counter() - self._step_started > LONG_STEP_S
+        is_received = (self._signals.received is number for number in SIGNALS)
+        return (is_long, self._rank == 0 and self._saver.is_due, *is_received)
+
+    def _anywhere(self, *flags: bool) -> Sequence[bool]:
         return flags if self._parallel is None else self._parallel.any_process(*flags)
 
     def _sample_inputs(self, micro_batch_size: int | None = None) -> dict[str, Any]:
