@@ -136,6 +136,15 @@ def _other(model=None, normalizer=None, splitter=None, decoder=None, end_of_text
     return encoder.to_str().encode()
 
 
+def _said_to_be_adopted(**changes):
+    entry = {"eos_id": 0, "begin_ids": [], "bos_id": None, "chat_template": None, **changes}
+    return json.dumps({**json.loads(_other()), "warploom": entry}).encode()
+
+
+def test_a_tokenizer_that_was_adopted_is_taken():
+    assert Tokenizer.from_bytes(_said_to_be_adopted()).eos_id == 0
+
+
 def test_another_byte_level_tokenizer_is_taken():
     """As Llama 3 has it: a pattern of its own, then bytes; no line end is a safe place to cut."""
     digits = pre_tokenizers.Split(tokenizers.Regex(r"\p{N}"), "isolated")
@@ -160,6 +169,9 @@ def test_another_byte_level_tokenizer_is_taken():
         (_other(decoder=decoders.Fuse()), "got .* decoder Fuse"),
         (_other(model=models.BPE({"a": 0}, [])), "lacks 255 of the 256 byte tokens"),
         (_other(end_of_text=False), r"has no token '<\|endoftext\|>'"),
+        (_said_to_be_adopted(eos_id=None), "cannot be used"),
+        (_said_to_be_adopted(eos_id=99_999), "has no token 99999, which is said to begin or end a text"),
+        (_said_to_be_adopted(begin_ids=[-1]), "cannot be used"),
     ],
 )
 def test_a_file_that_is_no_byte_level_tokenizer_is_refused(tmp_path, data, message):

@@ -41,6 +41,11 @@ class TokenSplit:
         self._shards = [_open(folder, item, dtype) for item in entry["shards"]]
         self.document_starts = _open(folder, entry["offsets"], np.dtype("<u8"))[:-1]
         self._shard_starts = np.cumsum([0, *map(len, self._shards)]).tolist()
+        if (self.num_tokens, self.num_documents) != (self._shard_starts[-1], len(self.document_starts)):
+            raise UserError(
+                f"the manifest of {folder} says {self.num_tokens} tokens of {self.num_documents} documents in {name}, "
+                f"its files hold {self._shard_starts[-1]} of {len(self.document_starts)}; tokenize again"
+            )
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Copy the tokens at starts[i] .. starts[i] + length of the ring; starts: (B,) in [0, num_tokens).
@@ -120,11 +125,13 @@ def _require_fields(manifest: dict[str, Any], path: Path) -> None:
                 fields += [(item["file"], str), (item["count"], int), (item["xxh3_128"], str)]
                 if Path(item["file"]).name != item["file"]:
                     raise UserError(f"{path} names a file outside its folder, {item['file']!r}; tokenize again")
-    except (KeyError, TypeError, IndexError) as error:
+                if not item["file"].isprintable():
+                    raise UserError(f"{path} names a file {item['file']!a}, which no file is called; tokenize again")
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{path} is damaged, a field is missing: {error!r}; tokenize again") from error
     for value, kind in fields:
-        if not isinstance(value, kind):
-            raise UserError(f"{path} is damaged: {value!r} stands where a {kind.__name__} should; tokenize again")
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            raise UserError(f"{path} is damaged: {value!r:.80} stands where a {kind.__name__} should; tokenize again")
 
 
 def _open(folder: Path, entry: dict[str, Any], dtype: np.dtype[Any]) -> np.ndarray:

@@ -39,15 +39,21 @@ class Tokenizer:
         """document: the JSON of a `tokenizers` tokenizer. Raises UserError if it is neither byte-level BPE nor made by
         adopt."""
         try:
-            settings = json.loads(document)
-            # Canonical, so that the hash does not depend on the library's version or on how a file was laid out.
-            self._json = json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-            adopted = settings.pop(_ADOPTED, None)
-            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(_without_strip(settings)))
+            self._read(document)
+        except UserError:
+            raise
         except RecursionError as error:
             raise UserError("the tokenizer file is JSON nested too deeply; give a tokenizer.json") from error
         except Exception as error:  # the library raises bare Exception for JSON that it cannot use
             raise UserError(f"the tokenizer file cannot be used: {error}; give a tokenizer.json") from error
+
+    def _read(self, document: str) -> None:
+        settings = json.loads(document)
+        # Canonical, so that the hash does not depend on the library's version or on how a file was laid out.
+        self._json = json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        self._json.encode()  # raises where there is half a surrogate pair
+        adopted = settings.pop(_ADOPTED, None)
+        self._encoder = tokenizers.Tokenizer.from_str(json.dumps(_without_strip(settings)))
         self._encoder.encode_special_tokens = True
         self._encoder.no_truncation()
         self._encoder.no_padding()
@@ -66,6 +72,9 @@ class Tokenizer:
             if self.bos_id is None and self.begin_ids:
                 self.bos_id = self.begin_ids[0]
             self.chat_template = adopted["chat_template"]
+            for token in (self.eos_id, *self.begin_ids, *(() if self.bos_id is None else (self.bos_id,))):
+                if self._encoder.id_to_token(token) is None:
+                    raise UserError(f"the tokenizer has no token {token}, which is said to begin or end a text")
         self._unit = _unit(settings)
         # GPT-2's pattern, and nothing before it.
         self._splittable = self._unit == "byte" and (settings.get("pre_tokenizer") or {}).get("use_regex", False)
@@ -99,11 +108,7 @@ class Tokenizer:
             "bos_id": bos_id,
             "chat_template": chat_template,
         }
-        tokenizer = cls(json.dumps(settings))
-        for token in (eos_id, *begin_ids, *(() if bos_id is None else (bos_id,))):
-            if tokenizer.token(token) is None:
-                raise UserError(f"the tokenizer has no token {token}, which is said to begin or end a text")
-        return tokenizer
+        return cls(json.dumps(settings))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
