@@ -4,7 +4,9 @@ import asyncio
 import json
 import random
 import threading
+import time
 
+import numpy as np
 import pytest
 
 NUM_MALFORMED = 10_000
@@ -164,31 +166,49 @@ class Attacker:
         return make in KEEPING
 
 
-async def good_client(port, done, statuses):
+async def good_client(port, is_done, statuses, seconds):
     """Ask again and again, each time over a connection of its own."""
-    while not done.is_set():
+    while not is_done():
+        started = time.perf_counter()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head(length=len(BODY), more=b"Connection: close\r\n") + BODY)
         answer = await reader.read()
         writer.close()
+        seconds.append(time.perf_counter() - started)
         content = answer.partition(b"\r\n\r\n")[2]
         statuses.append((int(answer.split()[1]), json.loads(content)["choices"][0]["text"]))
 
 
+async def attack(port, seed):
+    """Return the attackers, and the answers that a good client got meanwhile and their seconds."""
+    attackers = [Attacker(port, (seed << 8) + number) for number in range(NUM_CONNECTIONS)]
+    done, answers, seconds = asyncio.Event(), [], []
+    client = asyncio.create_task(good_client(port, done.is_set, answers, seconds))
+    await asyncio.gather(*(attacker.run(NUM_MALFORMED // NUM_CONNECTIONS) for attacker in attackers))
+    done.set()
+    await client
+    return attackers, answers, seconds
+
+
+@pytest.mark.slow
+def test_what_a_good_client_waits_beside_them(serving, capsys):
+    """Prints it, and asserts none of it: server, client and attackers share one process here."""
+    with serving() as port:
+        alone, answers = [], []
+        asyncio.run(good_client(port, lambda: len(answers) == 1000, answers, alone))
+        _, beside_answers, beside = asyncio.run(attack(port, 0))
+    assert set(beside_answers) == set(answers) and len(set(answers)) == 1
+    with capsys.disabled():
+        for name, seconds in (("alone", alone), (f"beside {NUM_MALFORMED:,} malformed requests", beside)):
+            p50, p99 = np.percentile(1e3 * np.array(seconds), [50, 99])
+            print(f"\n{len(seconds):,} good requests {name}: {p50:.1f} ms, p99 {p99:.1f} ms")
+
+
 @pytest.mark.parametrize("seed", [0])
 def test_malformed_requests_neither_stop_the_server_nor_succeed(serving, seed):
-    async def attack(port):
-        attackers = [Attacker(port, (seed << 8) + number) for number in range(NUM_CONNECTIONS)]
-        done, answers = asyncio.Event(), []
-        client = asyncio.create_task(good_client(port, done, answers))
-        await asyncio.gather(*(attacker.run(NUM_MALFORMED // NUM_CONNECTIONS) for attacker in attackers))
-        done.set()
-        await client
-        return attackers, answers
-
     with serving() as port:
         threads = threading.active_count()
-        attackers, answers = asyncio.run(attack(port))
+        attackers, answers, _ = asyncio.run(attack(port, seed))
         assert threading.active_count() <= threads + 16  # the pool that encodes prompts
     assert sum(attacker.sent for attacker in attackers) >= NUM_MALFORMED
     kinds = {name for attacker in attackers for name in attacker.by_kind}
