@@ -92,7 +92,8 @@ def train(rank, size, out_dir, until, settings, planted, parallel):
     log = Log()
     log.step = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record.step == until else None
     result = Trainer(toy_model(config), WholeBatches(ragged), config, monitor=log, parallelize=parallelize).fit()
-    assert result.steps == until, result
+    # Processes tell each other of a signal with the sums of a step: one that comes after them is heard a step later.
+    assert until <= result.steps <= until + 1, result
 
 
 def run(out_dir, phases, settings, planted=None):
