@@ -111,8 +111,6 @@ struct ForwardItem {
 template <class T>
 class RowsAhead {
  public:
-  static constexpr int64_t kMostRows = 256;
-
   RowsAhead() = default;
   RowsAhead(const AttentionForward<T>& args, const ForwardItem& item) : row_bytes_(args.problem.D * sizeof(T)) {
     if (item.first_block == item.last_block) return;
@@ -134,6 +132,7 @@ class RowsAhead {
   }
 
  private:
+  static constexpr int64_t kMostRows = 256;
   struct Rows {
     const T* first;
     int64_t stride, count;
@@ -220,7 +219,7 @@ class ForwardPass {
         });
       }
     } else {
-      set_queries(q, rows);
+      pack_left(q, args_.q.t_stride, rows, D_, round_up(rows, kRowStep<E>), width_, tile_.queries);
     }
     for (int64_t r = 0; r < rows; ++r) {
       tile_.row_is_shifted[r] = false;
@@ -243,27 +242,12 @@ class ForwardPass {
     finish(rows);
   }
 
-  // As a left operand: where they lie if they are that already and near, else packed. Packing waits less for memory
-  // than a product does, and rows that lie further apart than they are long may fall on the same few lines of the
-  // cache.
-  void set_queries(const T* q, int64_t rows) {
-    if constexpr (kSame<T, E>) {
-      const bool near = sequence_.num_queries <= RowsAhead<T>::kMostRows;
-      if (near && rows % kRowStep<E> == 0 && D_ == width_ && args_.q.t_stride == D_) {
-        queries_ = q;
-        return;
-      }
-    }
-    pack_left(q, args_.q.t_stride, rows, D_, round_up(rows, kRowStep<E>), width_, tile_.queries);
-    queries_ = tile_.queries;
-  }
-
   void attend_tile(const Tile& tile) {
     const int64_t padded_rows = round_up(tile.rows, kRowStep<E>), key = tile.key - first_key_;
     if (in_place_) {
       scores_in_place(tile);
     } else {
-      product<false>(padded_rows, tile.columns(), width_, queries_ + tile.row * width_, width_,
+      product<false>(padded_rows, tile.columns(), width_, tile_.queries + tile.row * width_, width_,
                      tile_.keys + key * width_, kPanel * width_, tile_.s, kForwardKeys);
     }
     if (scale_.apart || !tile.whole) complete_scores(tile);
@@ -461,7 +445,6 @@ class ForwardPass {
   ForwardLayout<T> tile_{};
   int64_t first_key_ = 0, keys_padded_ = 0;  // of the packed keys
   int64_t head_ = 0, first_ = 0;             // of the block of queries
-  const E* queries_ = nullptr;               // its rows, width_ numbers each
 };
 
 template <class T>

@@ -378,8 +378,7 @@ def test_scores_that_rise_far_above_the_first_ones(dtype):
     ("T", "D", "dtype"), [(33, 24, torch.float32), (48, 32, torch.float32), (160, 64, torch.bfloat16)]
 )
 def test_layouts(T, D, dtype):
-    """Any strides come in; what goes out transposes to a contiguous (B, T, H, D). Contiguous queries whose sizes allow
-    it are not packed, and the same bits come out."""
+    """Any strides come in; what goes out transposes to a contiguous (B, T, H, D)."""
     q, k, v, do = inputs(2, 4, 2, T, T + 7, D, dtype)
     results = run(q, k, v, do)
     assert all(tensor.transpose(1, 2).is_contiguous() for tensor in results[:4])
