@@ -143,6 +143,8 @@ def run(
     steps = [record for record in kept if record["kind"] == "step"]
     if [record["step"] for record in steps] != list(range(1, len(steps) + 1)):
         raise RuntimeError("the metrics do not have each step once")
+    if not first_step_at:
+        raise RuntimeError(f"there was no step within {wall_s:.0f} s; give more --minutes")
     return Outcome(
         faults=len(struck_at),
         recovered=len(back_s),

@@ -103,6 +103,8 @@ def parse_header(file: BinaryIO, file_bytes: int) -> tuple[dict[str, Entry], dic
         raise ValueError("is no safetensors file: its header is not a JSON object")
     try:
         raw = parse_json(text)
+        if b"\\u" in text:
+            json.dumps(raw, ensure_ascii=False).encode()  # half of a surrogate pair is no text: the library refuses it
     except ValueError as error:
         raise ValueError(f"has a header that cannot be read: {error}") from error
     metadata = raw.pop("__metadata__", {})

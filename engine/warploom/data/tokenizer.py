@@ -44,7 +44,11 @@ class Tokenizer:
             raise
         except RecursionError as error:
             raise UserError("the tokenizer file is JSON nested too deeply; give a tokenizer.json") from error
-        except Exception as error:  # the library raises bare Exception for JSON that it cannot use
+        except BaseException as error:
+            # The library raises bare Exception for JSON that it cannot use, and lets Rust's panics, which are none,
+            # through where it did not think of it.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(f"the tokenizer file cannot be used: {error}; give a tokenizer.json") from error
 
     def _read(self, document: str) -> None:
