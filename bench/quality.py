@@ -160,7 +160,7 @@ def read_curve(metrics: Path) -> list[Point]:
         record = json.loads(line)
         if record["kind"] == "step":
             train_s += record["step_s"]
-        else:
+        elif record["kind"] == "eval":
             curve.append(Point(record["step"], train_s, record["bits_per_byte"]))
     return curve
 
