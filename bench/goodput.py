@@ -2,9 +2,10 @@
 
 A run of two processes under `warploom launch`, one of which is killed every so often. Useful is the time of the steps
 that are in the final weights, by the run's own metrics: forward, backward, exchange, update. Everything else is lost,
-and a second table says to what, in shares of the wall time, which begins with the command: the start, up to the end of
-the first step; the waits after faults, from the strike to the end of the next step; steps that were made again; saves
-that steps waited for; and what lies between steps, which is signals and records. There is no evaluation in these runs.
+and a second table says to what, in shares of the wall time, from the command until all was saved and gone: the start,
+up to the end of the first step; the waits after faults, from the strike to the end of the next step; steps that were
+made again; saves that steps waited for; and what lies between steps, which is signals and records, and the stop at the
+end. There is no evaluation in these runs.
 Checkpoints are as far apart as the engine sets them for faults of that frequency (train.fault_every_s), or --save-every
 steps. The control, with the checkpoints of the first of the others, has no faults.
 
@@ -15,6 +16,7 @@ launcher said so, and until there was a step again; the last column is from SIGT
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -26,7 +28,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.faulty_run import FaultyRun
 from warploom.data.shards import tokenize_corpus
@@ -44,7 +45,7 @@ class Outcome:
     start_s: float  # from the command until there was a step
     steps_s: list[float]  # of each step that was kept
     waited_s: float  # from strikes until there were steps again, or the run was over
-    again_s: float  # of steps that were lost to faults
+    steps_again: int  # that were lost to faults
     saving_s: float  # steps waited for
     saves: int
     known_s: list[float]  # from each strike until the launcher said so
@@ -58,12 +59,13 @@ class Outcome:
     @property
     def shares(self) -> dict[str, float]:
         """Where the wall time went; they add up to 1."""
+        step_s = statistics.median(self.steps_s)
         # The first step is one of the kept, and so is the first after each fault.
         spent = {
             "useful steps": sum(self.steps_s),
             "start": self.start_s - self.steps_s[0],
-            "waits after faults": self.waited_s - len(self.back_s) * statistics.median(self.steps_s),
-            "steps made again": self.again_s,
+            "waits after faults": self.waited_s - len(self.back_s) * step_s,
+            "steps made again": self.steps_again * step_s,
             "saving": self.saving_s,
         }
         spent["between steps"] = self.wall_s - sum(spent.values())
@@ -73,20 +75,22 @@ class Outcome:
 def run(
     folder: Path,
     tokens: Path,
-    seconds: float,
-    fault_every_s: float,
     saves: Sequence[str],
+    *,
+    seconds: float = 0.0,
+    fault_every_s: float = 0.0,
     restarts: int = 0,
     between_s: float = 8.0,
     number: signal.Signals = signal.SIGKILL,
+    sequences: int = 16,
 ) -> Outcome:
     """Train for so many seconds of wall time, with a signal every fault_every_s (0: none) to a process drawn by a fixed
     seed. saves: the flags that say how often to save. restarts: end after so many instead, each kill about between_s
-    after there are steps again."""
+    after there are steps again. sequences: of a step."""
     arguments = [
         *("train", "--data", str(tokens), "--train.out-dir", str(folder / "run"), "--train.steps", "100000000"),
         *(word for name, value in _MODEL.items() for word in (f"--model.{name}", str(value))),
-        *("--train.seq-len", "64", "--train.global-batch-size", "16", "--train.micro-batch-size", "8"),
+        *("--train.seq-len", "64", "--train.global-batch-size", str(sequences), "--train.micro-batch-size", "8"),
         *(*saves, "--train.eval-every", "1000000000", "--train.keep-best", "0"),
         *("--train.device", "cpu", "--train.threads", "1"),
     ]
@@ -95,8 +99,7 @@ def run(
     known_s: list[float] = []
     back_s: list[float] = []
     first_step_at = 0.0
-    lost: list[dict[str, Any]] = []  # records of steps and saves that a fault undid
-    metrics: list[dict[str, Any]] = []
+    steps_again = reached = 0
     started, next_fault = time.monotonic(), time.monotonic() + (fault_every_s or float("inf"))
     with FaultyRun(folder, ["--nproc", "2", "--max-restarts", "1000000"], arguments) as running:
         stepping = False
@@ -109,9 +112,9 @@ def run(
                     if len(known_s) == len(struck_at):
                         raise RuntimeError(f"nothing was done to it: {event['sentence']}")
                     known_s.append(event["monotonic_s"] - struck_at[-1])
-                    metrics = _metrics(folder)  # before the next start cuts them off where it goes on
-                if event["event"] == "set-up" and metrics:
-                    lost += [record for record in metrics if record["step"] > event["step"]]
+                    reached = event["step"] or 0
+                if event["event"] == "set-up":
+                    steps_again += max(0, reached - event["step"])
                 if event["event"] == "stepping":
                     stepping = True
                     first_step_at = first_step_at or event["monotonic_s"]
@@ -128,43 +131,41 @@ def run(
                 struck_at.append(running.strike(chance.randrange(2), number))
                 next_fault, stepping = max(next_fault + fault_every_s, now), False
             time.sleep(0.01)
-        wall_s = time.monotonic() - started
         running.process.send_signal(signal.SIGTERM)
         stopping = time.monotonic()
-        waited_s = sum(back_s) + (started + wall_s - struck_at[-1] if len(back_s) < len(struck_at) else 0.0)
+        waited_s = sum(back_s) + (stopping - struck_at[-1] if len(back_s) < len(struck_at) else 0.0)
         if running.process.wait(120) != 128 + signal.SIGTERM:
             raise RuntimeError(f"the run did not end as asked:\n{running.log[-3000:]}")
-        stop_s = time.monotonic() - stopping
+        stopped = time.monotonic()
         running.poll()
         kinds = [event["kind"] for event in running.of("fault")]
         if kinds != ["frozen" if number == signal.SIGSTOP else "dead"] * len(struck_at):
             raise RuntimeError(f"{len(struck_at)} processes were struck, and found was {kinds}:\n{running.log[-3000:]}")
-    kept = _metrics(folder)
-    steps = [record for record in kept if record["kind"] == "step"]
+    lines = (folder / "run" / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    steps, stalls_s = [], []
+    for record in map(json.loads, lines):
+        if record["kind"] == "step":
+            steps.append(record)
+        elif record["kind"] == "save":
+            stalls_s.append(record["stall_s"])
     if [record["step"] for record in steps] != list(range(1, len(steps) + 1)):
         raise RuntimeError("the metrics do not have each step once")
     if not first_step_at:
-        raise RuntimeError(f"there was no step within {wall_s:.0f} s; give more --minutes")
+        raise RuntimeError(f"there was no step within {stopped - started:.0f} s; give more --minutes")
     return Outcome(
         faults=len(struck_at),
         recovered=len(back_s),
-        wall_s=wall_s,
+        wall_s=stopped - started,
         start_s=first_step_at - started,
         steps_s=[record["step_s"] for record in steps],
         waited_s=waited_s,
-        again_s=sum(record["step_s"] for record in lost if record["kind"] == "step"),
-        saving_s=sum(record["stall_s"] for record in kept + lost if record["kind"] == "save"),
-        saves=sum(record["kind"] == "save" for record in kept + lost),
+        steps_again=steps_again,
+        saving_s=sum(stalls_s),
+        saves=len(stalls_s),
         known_s=known_s,
         back_s=back_s,
-        stop_s=stop_s,
+        stop_s=stopped - stopping,
     )
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run so far, but for a last one that a kill has torn."""
-    lines = (folder / "run" / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(text) for text in lines if text.endswith("\n")]
 
 
 def line(name: str, outcome: Outcome) -> str:
@@ -196,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.goodput", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="wall time of each run (default: %(default)s)")
     parser.add_argument("--every-s", type=float, nargs="*", default=[60.0, 300.0], help="seconds between faults")
+    parser.add_argument("--sequences", type=int, default=16, help="of a step, each of 64 tokens (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; 0: train.fault_every_s")
     parser.add_argument("--restarts", type=int, default=0, help="measure so many restarts instead")
     parser.add_argument("--signal", choices=["KILL", "STOP"], default="KILL", help="what a process is struck with")
@@ -211,20 +213,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns = ["a fault every", "wall", "faults", "recovered", "steps kept", "useful share"]
         columns += ["known: median, p95", "back: median, p95", "stop"]
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
+        measure = functools.partial(run, tokens=tokens, number=number, sequences=args.sequences)
+        outcomes = {}
         if args.restarts:
-            saves = save_flags(args.save_every, args.between_s)
-            outcomes = {
-                "restart": run(
-                    Path(scratch, "restarts"), tokens, 0.0, 0.0, saves, args.restarts, args.between_s, number
-                )
-            }
+            outcomes["restart"] = measure(
+                Path(scratch, "restarts"),
+                saves=save_flags(args.save_every, args.between_s),
+                restarts=args.restarts,
+                between_s=args.between_s,
+            )
             print(line("restart", outcomes["restart"]), flush=True)
         else:
-            outcomes = {}
             for every_s in ([] if args.no_control else [0.0]) + args.every_s:
                 name = f"{every_s:.0f} s" if every_s else "never"
-                saves = save_flags(args.save_every, every_s or args.every_s[0])
-                outcomes[name] = run(Path(scratch, name), tokens, 60 * args.minutes, every_s, saves, number=number)
+                outcomes[name] = measure(
+                    Path(scratch, name),
+                    saves=save_flags(args.save_every, every_s or args.every_s[0]),
+                    seconds=60 * args.minutes,
+                    fault_every_s=every_s,
+                )
                 print(line(name, outcomes[name]), flush=True)
         columns = ["a fault every", *next(iter(outcomes.values())).shares, "saves", "step ms"]
         print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")

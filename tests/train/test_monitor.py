@@ -13,6 +13,7 @@ from rich.console import Console
 from warploom.train.matmul_rate import measure
 from warploom.train.monitor import (
     EvalRecord,
+    MemoryGauge,
     Monitor,
     RunInfo,
     StepRecord,
@@ -106,6 +107,25 @@ def test_metrics_are_on_disk_before_the_run_ends(tmp_path):
     monitor.step(step_record(1))
     assert [line["step"] for line in read_lines(tmp_path)] == [1]
     monitor.close()
+
+
+def test_short_steps_are_written_once_a_second_and_before_a_checkpoint(tmp_path):
+    clock = Clock()
+    monitor = Monitor(tmp_path, console=Console(file=io.StringIO()), clock=clock)
+    monitor.start(INFO)
+    on_disk = []
+    for step in range(1, 8):
+        clock.now += 0.4
+        monitor.step(step_record(step))
+        on_disk.append(len(read_lines(tmp_path)))
+    assert on_disk == [1, 1, 1, 4, 4, 4, 7]
+    monitor.step(step_record(8))
+    assert len(read_lines(tmp_path)) == 7
+    monitor.write()
+    assert len(read_lines(tmp_path)) == 8
+    monitor.step(step_record(9))
+    monitor.close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [*range(1, 10)]
 
 
 def test_a_number_that_is_not_finite_becomes_null(tmp_path):
@@ -229,6 +249,18 @@ def test_memory_grows_with_an_allocation():
     before = memory_bytes(torch.device("cpu"))
     block = torch.ones(64 * 1024 * 1024 // 4)
     assert memory_bytes(torch.device("cpu")) - before > 50e6
+    del block
+
+
+def test_the_gauge_asks_once_a_second():
+    clock = Clock()
+    gauge = MemoryGauge(torch.device("cpu"), clock)
+    held, _ = gauge.read()
+    block = torch.ones(64 * 1024 * 1024 // 4)
+    clock.now += 0.9
+    assert gauge.read()[0] == held
+    clock.now += 0.2
+    assert gauge.read()[0] - held > 50e6
     del block
 
 

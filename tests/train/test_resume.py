@@ -124,6 +124,7 @@ def test_a_signal_during_an_evaluation_repeats_it_after_resuming(tmp_path):
 
 def test_a_step_that_does_not_end_after_a_signal_is_given_up_and_made_again_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "GRACE_S", 0.0)
+    monkeypatch.setattr("warploom.train.trainer.LONG_STEP_S", 0.0)
     config = toy_config(tmp_path / "stopped", steps=12, save_every=100)
     model, calls = toy_model(config), []
     true_loss = model.loss

@@ -156,6 +156,9 @@ class Log:
     def save(self, record):
         self.saves.append(record)
 
+    def write(self):
+        pass
+
     def evaluation(self, record):
         self.evaluations.append(record)
 

@@ -136,7 +136,7 @@ class Agent(SimpleElasticAgent):
         return _ended(worker_group)
 
     def _found(self, finding: Finding) -> RunResult:
-        self._note("fault", **dataclasses.asdict(finding))
+        self._note("fault", step=self._heartbeats.read(0).step, **dataclasses.asdict(finding))
         if finding.kind != "dead":
             # The Python stack of every process, on its standard error; one that was stopped cannot, until it goes on.
             self._processes.signal(signal.SIGUSR1)

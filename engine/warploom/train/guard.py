@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Time that a step has to end after a signal. Schedulers kill 10 to 30 s after SIGTERM, and a checkpoint follows.
 GRACE_S = 3.0
 LONG_STEP_S = 1.0
-"""A step of many processes that takes less is not given up: it ends well within the grace."""
+"""After a step that took less, the next is not given up: it ends well within the grace."""
 
 
 class StepAbandoned(Exception):

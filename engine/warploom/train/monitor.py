@@ -6,11 +6,8 @@ its "kind" ("step", "eval", "save", "skip" or "spike"), so that the report, and 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +32,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _REDRAW_EVERY_S = 0.25
+_WRITE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,12 +106,7 @@ def memory_bytes(device: torch.device) -> int:
     """Memory this process holds now: resident set on a CPU, PyTorch's allocator on a CUDA device."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
-    return _process(os.getpid()).memory_info().rss
-
-
-@functools.cache
-def _process(pid: int) -> psutil.Process:
-    return psutil.Process(pid)  # which reads when it was started: more work than its memory
+    return psutil.Process().memory_info().rss
 
 
 def tensors_peak_bytes(device: torch.device) -> int:
@@ -126,11 +119,28 @@ def tensors_peak_bytes(device: torch.device) -> int:
     return torch.ops.warploom_cpu.arena_statistics()["peak_bytes"]
 
 
+class MemoryGauge:
+    """What the two functions above return for one device, read again where the last reading is older than a second:
+    asking the system takes a share of a step of milliseconds."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self._device, self._clock = device, clock
+        self._read_at, self._reading = -math.inf, (0, 0)
+
+    def read(self) -> tuple[int, int]:
+        """Return the bytes that this process holds, and the most that tensors have taken."""
+        now = self._clock()
+        if now - self._read_at >= 1.0:
+            self._read_at, self._reading = now, (memory_bytes(self._device), tensors_peak_bytes(self._device))
+        return self._reading
+
+
 class Monitor:
     """Shows and records one run. Use: start, then any of step, evaluation, message and set_steps, then finish.
 
     On a terminal three lines are redrawn in place; elsewhere a plain line is printed every `line_every_s` seconds and
-    after each evaluation.
+    after each evaluation. Records of steps are written once a second, many at a time, which for steps of milliseconds
+    costs a fraction of writing each; a run that is killed keeps its curve up to then.
     """
 
     def __init__(
@@ -150,7 +160,8 @@ class Monitor:
         self._live: Live | None = None
         self._step: StepRecord | None = None
         self._eval: EvalRecord | None = None
-        self._drawn_at = -math.inf
+        self._drawn_at = self._written_at = -math.inf
+        self._unwritten: list[tuple[str, Record, tuple[str, ...], float]] = []  # with the time of day of each
         self._odd_step = -1  # the last
 
     def start(self, info: RunInfo) -> None:
@@ -204,6 +215,24 @@ class Monitor:
     def save(self, record: SaveRecord) -> None:
         self._record("save", record, ("stall_s",))
 
+    def write(self) -> None:
+        """Write what is recorded so far. Before a checkpoint is begun, so that none has a step that no record has."""
+        assert self._metrics is not None and self._events is not None, "start() comes first"
+        for kind, record, scalars, at in self._unwritten:
+            values = {"kind": kind, **vars(record)}
+            if not values.get("scores", True):
+                del values["scores"]
+            line = json.dumps({key: _json_value(value) for key, value in values.items()}, allow_nan=False)
+            self._metrics.write(line + "\n")
+            # One event for all of them: add_scalar, which makes one of each, takes six times as long.
+            found = [Summary.Value(tag=name, simple_value=values[name]) for name in scalars]
+            found = [value for value in found if math.isfinite(value.simple_value)]
+            if found:
+                self._events.file_writer.add_summary(Summary(value=found), record.step, at)
+        self._metrics.flush()
+        self._unwritten.clear()
+        self._written_at = self._clock()
+
     def message(self, text: str) -> None:
         """Print a sentence above the display."""
         self._console.print(text, markup=False, highlight=False)
@@ -220,23 +249,16 @@ class Monitor:
         if self._live is not None:
             self._live.stop()
         if self._metrics is not None:
+            self.write()
             self._metrics.close()
         if self._events is not None:
             self._events.close()
         self._live = self._metrics = self._events = None
 
     def _record(self, kind: str, record: Record, scalars: tuple[str, ...]) -> None:
-        assert self._metrics is not None and self._events is not None, "start() comes first"
-        values = {"kind": kind, **dataclasses.asdict(record)}
-        if not values.get("scores", True):
-            del values["scores"]
-        line = json.dumps({key: _json_value(value) for key, value in values.items()}, allow_nan=False)
-        self._metrics.write(line + "\n")
-        self._metrics.flush()  # a run that is killed keeps its curve
-        # One event for all of them: add_scalar, which makes one of each, takes six times as long.
-        found = [Summary.Value(tag=name, simple_value=values[name]) for name in scalars if math.isfinite(values[name])]
-        if found:
-            self._events.file_writer.add_summary(Summary(value=found), record.step)
+        self._unwritten.append((kind, record, scalars, time.time()))
+        if kind != "step" or self._clock() - self._written_at >= _WRITE_EVERY_S:
+            self.write()
 
     def _show(self, at_most_every_s: float) -> None:
         now = self._clock()

@@ -86,6 +86,8 @@ class RunSaver:
             return
         write_s = 0.0 if self._waits else self._write_s
         self._begun = started
+        if self._monitor is not None:
+            self._monitor.write()
         self._background.start(self._capture())
         self._saved = self._state_number()
         if is_final or self._waits:

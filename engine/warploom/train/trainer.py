@@ -45,12 +45,11 @@ from warploom.train.guard import LONG_STEP_S, SIGNALS, StepAbandoned, StopSignal
 from warploom.train.heldout import heldout_loss
 from warploom.train.monitor import (
     EvalRecord,
+    MemoryGauge,
     Monitor,
     OddStep,
     RunInfo,
     StepRecord,
-    memory_bytes,
-    tensors_peak_bytes,
 )
 from warploom.train.recompute import set_kept
 from warploom.train.result import TrainResult
@@ -109,6 +108,7 @@ class Trainer:
         self._tokenizer, self._monitor, self._deadline = tokenizer, monitor, deadline
         self._device = choose_device(config.train.device)
         self._dtype = choose_dtype(config.train.dtype, self._device)
+        self._memory = MemoryGauge(self._device)
         self._parallelize, self._rank = parallelize, 0 if parallelize is None else parallelize.mesh.rank
         self._parallel: ParallelModel | None = None
         self._begun: set[str] = set()
@@ -363,7 +363,8 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
-        position, put_random_states_back = self._stream.state_dict(), rng.remember()
+        position = self._stream.state_dict()
+        put_random_states_back = rng.remember() if self._steps_are_long else None
         self._spikes.found = None
         self._step_started = started = time.perf_counter()
         micro_batches = [next(self._stream) for _ in range(train.global_batch_size // self._rows_per_read)]
@@ -379,6 +380,7 @@ class Trainer:
             )
         except StepAbandoned:
             # As if it had not begun: what is saved now goes on with this very step.
+            assert put_random_states_back is not None, "only long steps are given up"
             self._stream.load_state_dict(position)
             put_random_states_back()
             return
@@ -428,15 +430,16 @@ class Trainer:
     def _loss_sum_until_signal(self, **inputs: Tensor) -> Tensor:
         """The loss, unless a signal has been waiting for the end of the step for too long.
 
-        All processes give a step up at the same micro batch, so they ask each other before each where steps are long.
-        Not in a pipeline, whose schedule has all micro batches under way.
+        Where steps are long, that is: others end in time. All processes give a step up at the same micro batch, so they
+        ask each other before each. Not in a pipeline, whose schedule has all micro batches under way.
         """
-        if (self._parallel is None or self._steps_are_long) and any(self._anywhere(self._signals.overdue)):
+        if self._steps_are_long and any(self._anywhere(self._signals.overdue)):
             raise StepAbandoned
         return self._loss_sum(**inputs)
 
     def _record_step(self, monitor: Monitor, outcome: StepOutcome) -> None:
         progress, train = self.progress, self.config.train
+        memory_bytes, tensors_peak_bytes = self._memory.read()
         tokens_per_s = self._interval_tokens / self._interval_s
         monitor.step(
             StepRecord(
@@ -448,10 +451,10 @@ class Trainer:
                 step_s=self._interval_s / self._interval_steps,
                 tokens_per_s=tokens_per_s,
                 mfu_measured=tokens_per_s * self._flops_per_token / self._matmul_flops,
-                memory_bytes=memory_bytes(self._device),
+                memory_bytes=memory_bytes,
                 skipped=outcome.skipped,
                 epoch=progress.step * train.global_batch_size / self._data.num_sequences,
-                tensors_peak_bytes=tensors_peak_bytes(self._device),
+                tensors_peak_bytes=tensors_peak_bytes,
             )
         )
         self._interval_s, self._interval_steps, self._interval_tokens = 0.0, 0, 0
