@@ -302,18 +302,19 @@ def _other_shapes() -> Iterator[Shape]:
 
         bytes_ = {"cross_entropy_kernel": 2.0 * logits.numel() * dtype.itemsize}
         yield Shape(f"rows {dtype}".replace("torch.", ""), rows, {}, bytes_, common=dtype == torch.bfloat16)
-    for amsgrad in (False, True):
-        tensors = [_empty(768, 3072, dtype=torch.float32)] * 4
+    for name, rows, amsgrad in (("adamw", 768, False), ("adamw amsgrad", 768, True), ("adamw odd", 767, False)):
+        columns = 3072 - rows % 2
+        tensors = [_empty(rows, columns, dtype=torch.float32)] * 4
         steps = [_empty(dtype=torch.float32)] * 4
 
         def step(tensors=tensors, steps=steps, amsgrad=amsgrad) -> None:
             largest = tensors if amsgrad else []
-            copies = [_empty(768, 3072)] * 4
+            copies = [_empty(*tensors[0].shape)] * 4
             lists: tuple[list[Tensor], ...] = (tensors, tensors, tensors, tensors, largest, steps, copies)
             adamw.launch_adamw_step(*lists, 1e-3, 0.9, 0.95, 0.1, 1e-8, False, 1.0, False)
 
-        bytes_ = {"adamw_kernel": 4 * 768 * 3072 * (38.0 if amsgrad else 30.0)}
-        yield Shape("adamw" + " amsgrad" * amsgrad, step, {}, bytes_, common=not amsgrad)
+        bytes_ = {"adamw_kernel": 4 * rows * columns * (38.0 if amsgrad else 30.0)}
+        yield Shape(name, step, {}, bytes_, common=name == "adamw")
     for dtype in (torch.float32, torch.bfloat16):
         grads = [_empty(768, 3072, dtype=dtype)] * 4
 

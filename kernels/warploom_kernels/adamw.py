@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warploom_kernels._launch import Config, launch
-from warploom_kernels._tensor_lists import PIECE, tables
+from warploom_kernels._tensor_lists import PIECE, load_address, load_size, tables
 
 
 @triton.jit
@@ -36,16 +36,17 @@ def adamw_kernel(
     grad_factor,
     CLEAR: tl.constexpr,
     COPY: tl.constexpr,  # to bfloat16, of the parameters that have an address for it
+    EVEN: tl.constexpr,  # Tables.is_even
     PIECE: tl.constexpr,
 ):
     PARAM = tl.pointer_type(param.dtype.element_ty)
     tensor = tl.load(pieces + 2 * tl.program_id(0)).to(tl.int64)
     index = tl.load(pieces + 2 * tl.program_id(0) + 1).to(tl.int64) * PIECE + tl.arange(0, PIECE)
-    inside = index < tl.load(sizes + tensor)
-    params = tl.load(addresses + tensor).to(PARAM) + index
-    grads = tl.load(addresses + n + tensor).to(tl.pointer_type(grad.dtype.element_ty)) + index
-    exp_avgs = tl.load(addresses + 2 * n + tensor).to(PARAM) + index
-    exp_avg_sqs = tl.load(addresses + 3 * n + tensor).to(PARAM) + index
+    inside = index < load_size(sizes + tensor, EVEN)
+    params = load_address(addresses + tensor, PARAM, EVEN) + index
+    grads = load_address(addresses + n + tensor, tl.pointer_type(grad.dtype.element_ty), EVEN) + index
+    exp_avgs = load_address(addresses + 2 * n + tensor, PARAM, EVEN) + index
+    exp_avg_sqs = load_address(addresses + 3 * n + tensor, PARAM, EVEN) + index
     # In float64: 1 - beta^step cancels at the first steps.
     count = tl.load(tl.load(addresses + 5 * n + tensor).to(tl.pointer_type(step.dtype.element_ty))).to(tl.float64)
     correction1 = (1.0 - tl.exp2(count * log2_beta1)).to(tl.float32)
@@ -59,14 +60,14 @@ def adamw_kernel(
     tl.store(exp_avgs, m.to(param.dtype.element_ty), mask=inside)
     tl.store(exp_avg_sqs, v.to(param.dtype.element_ty), mask=inside)
     if max_exp_avg_sq is not None:
-        largest = tl.load(addresses + 4 * n + tensor).to(PARAM) + index
+        largest = load_address(addresses + 4 * n + tensor, PARAM, EVEN) + index
         v = tl.maximum(v, tl.load(largest, mask=inside, other=0.0).to(tl.float32))
         tl.store(largest, v.to(param.dtype.element_ty), mask=inside)
     p = decay * p - (lr / correction1) * (m / (tl.sqrt(v / correction2) + eps))
     tl.store(params, p.to(param.dtype.element_ty), mask=inside)
     if COPY:
-        copy = tl.load(addresses + 6 * n + tensor)
-        tl.store(copy.to(tl.pointer_type(tl.bfloat16)) + index, p.to(tl.bfloat16), mask=inside & (copy != 0))
+        copy = load_address(addresses + 6 * n + tensor, tl.pointer_type(tl.bfloat16), EVEN)
+        tl.store(copy + index, p.to(tl.bfloat16), mask=inside & (tl.load(addresses + 6 * n + tensor) != 0))
     if CLEAR:
         tl.store(grads, tl.zeros((PIECE,), dtype=grad.dtype.element_ty), mask=inside)
 
@@ -98,15 +99,13 @@ def launch_adamw_step(
         for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
     ]
     lists = [like, *(_flat(tensors, like) if tensors else [] for tensors in given[1:])]
-    addresses, sizes, pieces = tables([*lists, state_steps, packed])
-    if len(pieces):
+    table = tables([*lists, state_steps, packed])
+    if len(table.pieces):
         launch(
             adamw_kernel,
-            lambda _: (len(pieces),),
+            lambda _: (len(table.pieces),),
             {
-                "addresses": addresses,
-                "sizes": sizes,
-                "pieces": pieces,
+                **table.arguments,
                 "n": len(params),
                 "param": params[0],
                 "grad": grads[0],

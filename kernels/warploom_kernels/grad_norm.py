@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from warploom_kernels._launch import Config, launch
-from warploom_kernels._tensor_lists import PIECE, tables
+from warploom_kernels._tensor_lists import PIECE, load_address, load_size, tables
 
 
 @triton.jit
@@ -19,13 +19,14 @@ def grad_norm_squares_kernel(
     pieces,  # (programs, 2) int32: which tensor, which piece of it
     grad,  # one of them, for its type alone
     parts,  # (programs,) float64
+    EVEN: tl.constexpr,  # Tables.is_even
     PIECE: tl.constexpr,
 ):
     tensor = tl.load(pieces + 2 * tl.program_id(0)).to(tl.int64)
     index = tl.load(pieces + 2 * tl.program_id(0) + 1).to(tl.int64) * PIECE + tl.arange(0, PIECE)
-    grads = tl.load(addresses + tensor).to(tl.pointer_type(grad.dtype.element_ty)) + index
+    grads = load_address(addresses + tensor, tl.pointer_type(grad.dtype.element_ty), EVEN) + index
     # Squares of float32 numbers leave float32.
-    g = tl.load(grads, mask=index < tl.load(sizes + tensor), other=0.0).to(tl.float64)
+    g = tl.load(grads, mask=index < load_size(sizes + tensor, EVEN), other=0.0).to(tl.float64)
     tl.store(parts + tl.program_id(0), tl.sum(g * g, axis=0))
 
 
@@ -49,20 +50,20 @@ def grad_norm_finish_kernel(
 def launch_grad_norm_fwd(grads: list[Tensor]) -> Tensor:
     # Any order of the elements will do, but they must lie side by side.
     dense = [g if torch.ops.aten.is_non_overlapping_and_dense.default(g) else g.contiguous() for g in grads]
-    addresses, sizes, pieces = tables([dense])
-    parts = grads[0].new_empty(len(pieces), dtype=torch.float64)
+    table = tables([dense])
+    parts = grads[0].new_empty(len(table.pieces), dtype=torch.float64)
     norm = grads[0].new_empty((), dtype=torch.float32)
-    if len(pieces):
+    if len(table.pieces):
         launch(
             grad_norm_squares_kernel,
-            lambda _: (len(pieces),),
-            {"addresses": addresses, "sizes": sizes, "pieces": pieces, "grad": grads[0], "parts": parts},
+            lambda _: (len(table.pieces),),
+            {**table.arguments, "grad": grads[0], "parts": parts},
             [Config({"PIECE": PIECE}, num_warps=8)],
         )
     launch(
         grad_norm_finish_kernel,
         lambda _: (1,),
-        {"parts": parts, "norm": norm, "P": len(pieces)},
+        {"parts": parts, "norm": norm, "P": len(table.pieces)},
         [Config({"BLOCK": 1024}, num_warps=4)],
     )
     return norm

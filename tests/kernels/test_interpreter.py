@@ -24,7 +24,7 @@ SWEEP = "accuracy or layouts or alone or expanded or fake or deterministic or wr
 # What runs each time, of the accuracy tests: cases that between them take every branch of the kernels.
 QUICK = {
     "attention": "(float32 and (tiny or no_ or rows_that or wide_160)) or (-float16 and (packed_cross_bias or decode))",
-    "adamw": "first_step or amsgrad or clipped",
+    "adamw": "first_step or amsgrad or clipped or (float32 and several_blocks)",
     "cross_entropy": "float32 and (tiny or all_ignored or 33x257 or in_place)",
     "embedding": "float32",
     "grad_norm": "ragged or nothing or large",

@@ -36,10 +36,18 @@ def forget_all_but_the_last_ones():
 
 def test_every_element_is_in_one_piece():
     tensors = [torch.empty(PIECE + 1), torch.empty(0), torch.empty(3)]
-    addresses, sizes, pieces = tables([tensors, []])
+    addresses, sizes, pieces, _ = tables([tensors, []])
     assert addresses.tolist() == [[tensor.data_ptr() for tensor in tensors], [0, 0, 0]]
     assert sizes.tolist() == [PIECE + 1, 0, 3]
     assert pieces.tolist() == [[0, 0], [0, 1], [2, 0]]
+
+
+def test_even_are_those_that_threads_may_read_sixteen_bytes_at_a_time():
+    even, storage = [torch.empty(32), torch.empty(4, 16)], torch.empty(49)
+    assert tables([even, [], even]).is_even
+    assert not tables([[*even, torch.empty(24)]]).is_even
+    assert tables([[*even, storage[16:48]]]).is_even
+    assert not tables([[*even, storage[17:49]]]).is_even
 
 
 def test_tables_are_kept_while_the_addresses_stay_and_not_for_ever():
