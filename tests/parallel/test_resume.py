@@ -22,6 +22,7 @@ def phases(*sizes_and_ends, parallel=DATA):
 
 CHANGING = phases((1, 3), (2, 6), (4, 9), (1, 12))
 STOPPED_SHARDS = phases((2, 5), (2, 12), parallel={"shard": 2})
+SAME = {"shards": "shard", "parts of layers": "tensor", "stages": "pipeline", "parts of rows": "context"}
 RUNS = {
     "elastic": [phases((1, 12)), ELASTIC],
     "elastic, 1 to 2 to 4 to 1": [CHANGING, ELASTIC],
@@ -36,8 +37,11 @@ RUNS = {
         for layout, sizes in (("two replicas", DATA), ("two parts of layers", {"tensor": 2}))
         for how, planted in (("packed", None), ("packed at each use", "packs at each use"), ("packed once", "stale"))
     },
-    "two shards": [phases((2, 12), parallel={"shard": 2}), {"micro_batch_size": 4}],
-    "two shards, stopped": [STOPPED_SHARDS, {"micro_batch_size": 4}],
+    **{
+        f"two {what}{how}": [phases(*ends, parallel={dimension: 2}), {"micro_batch_size": 4}]
+        for what, dimension in SAME.items()
+        for how, ends in (("", [(2, 12)]), (", stopped", [(2, 5), (2, 12)]))
+    },
     "two shards, one forgets": [STOPPED_SHARDS, {"micro_batch_size": 4}, "rank 1 forgets"],
     "two shards, one forgets, checked": [STOPPED_SHARDS, {"micro_batch_size": 4}, "rank 1 forgets, checked"],
 }
@@ -132,6 +136,12 @@ def test_what_they_keep_is_read_and_renewed(long_ends, layout):
 
 def test_the_same_layout_goes_on_bit_for_bit(ends):
     assert is_same(ends["two shards"], ends["two shards, stopped"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", SAME)
+def test_so_does_every_other(long_ends, what):
+    assert is_same(long_ends[f"two {what}"], long_ends[f"two {what}, stopped"])
 
 
 @pytest.mark.slow
