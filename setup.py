@@ -125,7 +125,7 @@ def find_cuda(compiler):
         raise CannotBuild(f"{nvcc} does not work with {compiler}: {complaint}")
     if not torch_names_streams():
         raise CannotBuild(
-            "this torch has no c10::Stream::native_handle, which 2.13 has; upgrade torch, then install again"
+            "this torch has no c10::Stream::native_handle, which 2.11 and later have; upgrade torch, then install again"
         )
     version = re.search(r"release \S+, V(\S+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
     plan = subprocess.run([*probe, "--dryrun"], capture_output=True, text=True).stderr

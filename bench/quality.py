@@ -31,7 +31,7 @@ from warploom.data.dataset import TokenDataset
 from warploom.data.documents import read_documents
 from warploom.data.shards import tokenize_corpus
 from warploom.data.stdlib import stdlib_paths
-from warploom.evaluate.perplexity import TextWindows, text_windows
+from warploom.evaluation.perplexity import TextWindows, text_windows
 from warploom.models.transformer import Transformer
 from warploom.train.batches import TokenData
 from warploom.train.budget import vocab_size

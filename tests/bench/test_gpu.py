@@ -1,7 +1,9 @@
 """What of bench.gpu runs without a card: its parts fail alone, its budget holds, its exit code tells."""
 
 import json
+import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,41 @@ def test_without_a_card_it_says_so(capsys):
         pytest.skip("there is a GPU")
     assert gpu.main([]) == 2
     assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """As if there were one of compute capability 9.0, and what setup.py was called with."""
+    calls = []
+
+    def call(command, **options):
+        calls.append((command, options))
+        return subprocess.CompletedProcess(command, card.returncode, stdout="compiling", stderr="no ninja")
+
+    card = SimpleNamespace(calls=calls, returncode=0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(subprocess, "run", call)
+    return card
+
+
+def test_kernels_that_are_missing_are_compiled_for_the_card_alone(card, monkeypatch):
+    monkeypatch.setattr(gpu._extension, "why_cuda_missing", lambda: "it was built for sm_80")
+    assert gpu.built()
+    ((command, options),) = card.calls
+    assert command[1:] == ["setup.py", "build_ext", "--inplace"] and (options["cwd"] / "setup.py").exists()
+    assert options["env"]["WARPLOOM_CUDA_ARCHS"] == "90a"
+
+
+def test_those_that_are_there_are_not(card, monkeypatch):
+    monkeypatch.setattr(gpu._extension, "why_cuda_missing", lambda: None)
+    assert not gpu.built() and card.calls == []
+
+
+def test_a_build_that_fails_is_shown_and_ends_nothing(card, monkeypatch, capsys):
+    card.returncode = 1
+    monkeypatch.setattr(gpu._extension, "why_cuda_missing", lambda: "it was built for sm_80")
+    assert not gpu.built()
+    assert "it failed, and they are left out:\ncompiling" in capsys.readouterr().out
 
 
 def test_a_part_that_fails_is_reported_and_the_rest_goes_on(tmp_path, capsys):

@@ -11,7 +11,7 @@ from bench.plain_char_model import IGNORE_INDEX, Characters, CharModel, CharTrai
 from bench.quality import CPU, Point, Run, compare, first_at, halves, read_text, run_recipe, train_engine
 
 from warploom.data.shards import tokenize_corpus
-from warploom.evaluate.perplexity import text_windows
+from warploom.evaluation.perplexity import text_windows
 from warploom.models.config import TransformerConfig
 from warploom.train.config import RunConfig, TrainConfig
 from warploom.train.heldout import heldout_loss

@@ -56,8 +56,8 @@ def dangers(source):
     return found
 
 
-# What runs the programs that a model wrote, locked in: tests/evaluate/test_sandbox.py.
-RUNS_PROGRAMS = {"engine/warploom/evaluate/sandbox_child.py": ["exec"]}
+# What runs the programs that a model wrote, locked in: tests/evaluation/test_sandbox.py.
+RUNS_PROGRAMS = {"engine/warploom/evaluation/sandbox_child.py": ["exec"]}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

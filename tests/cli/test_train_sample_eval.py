@@ -8,7 +8,7 @@ import pytest
 
 from warploom.cli.main import main
 from warploom.data.shards import TokenDataset
-from warploom.evaluate.perplexity import evaluate
+from warploom.evaluation.perplexity import evaluate
 from warploom.train.load_model import load_model
 
 SMALL = [

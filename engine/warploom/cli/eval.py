@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from warploom.errors import UserError
-from warploom.evaluate.compare import PAGE, write_comparison
-from warploom.evaluate.config import EvalConfig
-from warploom.evaluate.perplexity import evaluate
-from warploom.evaluate.run import evaluate_tasks, find_tasks
+from warploom.evaluation.compare import PAGE, write_comparison
+from warploom.evaluation.config import EvalConfig
+from warploom.evaluation.perplexity import evaluate
+from warploom.evaluation.run import evaluate_tasks, find_tasks
 from warploom.train.device import choose_device
 from warploom.train.load_model import LoadedModel, load_model
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from warploom.errors import UserError
-from warploom.evaluate.during_training import TasksDuringTraining
+from warploom.evaluation.during_training import TasksDuringTraining
 from warploom.models.config import TransformerConfig
 from warploom.models.presets import preset
 from warploom.optim import OptimizerConfig, ScheduleConfig
