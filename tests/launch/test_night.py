@@ -13,7 +13,7 @@ CLEAN_STEPS = 10_000
 @pytest.mark.timeout(7200)
 def test_two_hundred_of_two_hundred_restarts(tmp_path, tokens, capsys):
     # Raises unless every kill was found, the run ended as asked, and its metrics have each step once.
-    outcome = goodput.run(tmp_path, tokens, goodput.save_flags(20, 0.0), restarts=RESTARTS)
+    outcome = goodput.run(tmp_path, tokens, goodput.save_flags(20, 0.0), restarts=RESTARTS, between_s=2.0)
     with capsys.disabled():
         print("\n" + goodput.line(f"{RESTARTS} restarts", outcome))
     assert (outcome.faults, outcome.recovered) == (RESTARTS, RESTARTS)
