@@ -43,13 +43,14 @@ def _common(
         if bias.dim() == 2:
             bias_zero = T - 1 if cu_seqlens is None else bias.shape[1] // 2
     num_documents = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+    ends = None if cu_seqlens is None else cu_seqlens.contiguous()
     return {
         "q": q,
         "k": k,
         "v": v,
         "bias": bias,
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
-        "cu_seqlens_k": cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
+        "cu_seqlens": ends,
+        "cu_seqlens_k": ends if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
         "key_lengths": None if key_lengths is None else key_lengths.contiguous(),
         **_strides("q", q),
         **_strides("k", k),
