@@ -60,7 +60,7 @@ def commit_on_promises(run_dir, state, ranks):
     promised = Path(tempfile.mkdtemp(prefix="promised-"))
     files = save.write_tensor_files(promised, state, ranks.rank)
     shutil.rmtree(promised)
-    folder = Path(run_dir, ".tmp-step-00000002-1")
+    folder, final = Path(run_dir, ".tmp-step-00000002-1"), Path(run_dir, fmt.folder_name(state.step))
     if ranks.rank == 0:
         folder.mkdir()
     ranks.exchange(None)
@@ -68,9 +68,14 @@ def commit_on_promises(run_dir, state, ranks):
     if ranks.rank == 0:
         save.write_tensor_files(folder, state, 0)
         _finish(folder, state, ranks, reports)
-        save.commit(folder, Path(run_dir, fmt.folder_name(state.step)))
-    else:
+        save.commit(folder, final)
+        return
+    try:
         save.write_tensor_files(folder, state, ranks.rank)
+    except FileNotFoundError:  # committed between two of its files
+        for path in final.glob(f"*rank{ranks.rank:05d}*"):
+            path.unlink()
+        save.write_tensor_files(final, state, ranks.rank)
 
 
 def _write_into(folder, state, ranks):
