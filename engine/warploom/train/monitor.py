@@ -218,7 +218,8 @@ class Monitor:
     def write(self) -> None:
         """Write what is recorded so far. Before a checkpoint is begun, so that none has a step that no record has."""
         assert self._metrics is not None and self._events is not None, "start() comes first"
-        for kind, record, scalars, at in self._unwritten:
+        records, self._unwritten = self._unwritten, []  # one that a full disk refuses is not tried again
+        for kind, record, scalars, at in records:
             values = {"kind": kind, **vars(record)}
             if not values.get("scores", True):
                 del values["scores"]
@@ -230,7 +231,6 @@ class Monitor:
             if found:
                 self._events.file_writer.add_summary(Summary(value=found), record.step, at)
         self._metrics.flush()
-        self._unwritten.clear()
         self._written_at = self._clock()
 
     def message(self, text: str) -> None:
