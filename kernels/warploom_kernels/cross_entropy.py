@@ -83,7 +83,7 @@ def _launch_rows(logits: Tensor, targets: Tensor, ignore_index: int, mean: bool,
             [Config({"BLOCK_V": block}, num_warps=warps) for block, warps in shapes],
             f"{logits.dtype} {power_of_2_key(N, V)}",
         )
-    loss = losses.sum()
+    loss = losses.sum(dtype=torch.float64).float()
     return loss / count if mean else loss
 
 

@@ -160,7 +160,7 @@ def launch_linear_cross_entropy_fwd(
         )
     lse = torch.logsumexp(parts, 0)
     kept = targets != ignore_index
-    loss = (lse - target_logits).where(kept, 0.0).sum()
+    loss = (lse - target_logits).where(kept, 0.0).sum(dtype=torch.float64).float()
     return loss, kept.sum().float(), lse, hidden.new_empty(0), weight.new_empty(0)
 
 
