@@ -21,6 +21,7 @@ import resource, sys
 if mode == "malloc":
     sys.modules["warploom._C"] = None  # makes its import an ImportError
 import torch
+import warploom.train.trainer  # as in a run: what it imports lies in the same heap
 from warploom.train.allocator import keep_freed_memory, release_freed_memory
 if mode != "as it is" and not keep_freed_memory():
     print("no mallopt")
