@@ -6,6 +6,7 @@ made on the way (an activation's derivative), bit masks, activations, and tile s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -204,9 +205,9 @@ def elements_of_tile(tile_m, tile_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 
 def persistent_grid(device: torch.device, M: int, N: int) -> Grid:
-    """A program for each multiprocessor, or for each tile if these are fewer."""
+    """A program for each multiprocessor, or for each tile if these are fewer; without columns, for each tile of rows."""
     programs = num_multiprocessors(device)
-    return lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"])),)
+    return lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * max(triton.cdiv(N, c["BLOCK_N"]), 1)),)
 
 
 def tile_configs(
@@ -251,7 +252,8 @@ def as_configs(shapes: Sequence[tuple[int, int, int, int, int]]) -> list[Config]
 
 def as_rows(tensor: Tensor) -> Tensor:
     """(..., C) -> (N, C), dense."""
-    return tensor.contiguous().view(-1, tensor.shape[-1])
+    *rows, C = tensor.shape
+    return tensor.contiguous().view(math.prod(rows), C)  # -1 has no answer where C is 0
 
 
 def rounded(weight: Tensor, copy: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -61,7 +61,7 @@ def linear_product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.maximum(tl.cdiv(N, BLOCK_N), 1)  # without columns there are sums still
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = place_of_tile(tile, tiles_m, tiles_n, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -115,7 +115,7 @@ def launch_product(
 ) -> None:
     """Run the kernel; its arguments are explained there."""
     (M, K), N = a.shape, b.shape[1]
-    if not M or not N:
+    if not M or (not N and row_sums is None):
         return
     derived = saved is not None or mask is not None
     costly = activation in ("gelu_tanh", "silu") or (activation == "relu2" and not derived)

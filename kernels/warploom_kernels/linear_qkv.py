@@ -73,7 +73,7 @@ def linear_qkv_each_kernel(
             bias = bias_v
         if sums_q is not None:
             row_sums = sums_v
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.maximum(tl.cdiv(N, BLOCK_N), 1)  # as there
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = place_of_tile(tile, tiles_m, tiles_n, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -132,12 +132,12 @@ def _launch_each(
 ) -> None:  # fmt: skip
     sizes = [(left.shape[0], right.shape[1]) for left, right in zip(a, b, strict=True)]
     K = a[0].shape[1]
-    if not any(M * N for M, N in sizes):
+    if not any(M * N for M, N in sizes) and row_sums[0] is None:
         return
     programs = num_multiprocessors(a[0].device)
 
     def grid(c):
-        tiles = max(triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"]) for M, N in sizes)
+        tiles = max(triton.cdiv(M, c["BLOCK_M"]) * max(triton.cdiv(N, c["BLOCK_N"]), 1) for M, N in sizes)
         return min(programs, tiles), 3
 
     launch(
