@@ -205,7 +205,7 @@ def elements_of_tile(tile_m, tile_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 
 def persistent_grid(device: torch.device, M: int, N: int) -> Grid:
-    """A program for each multiprocessor, or for each tile if these are fewer; without columns, for each tile of rows."""
+    """A program for each multiprocessor, or for each tile if these are fewer. Without columns, rows have their sums."""
     programs = num_multiprocessors(device)
     return lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * max(triton.cdiv(N, c["BLOCK_N"]), 1)),)
 
@@ -224,7 +224,8 @@ def tile_configs(
     operand. None spills (tests/kernels/test_compile.py)."""
     eights = all(stride == 1 or stride % 8 == 0 for operand in (*a, *b) for stride in operand.stride())
     if arch == INTERPRETER:
-        shapes = [(32, 32, 32, 4, 1)]
+        M, K = a[0].shape
+        shapes = interpreted_shapes(M, b[0].shape[1], K)
     elif a[0].dtype == torch.float32:  # no tensor cores
         shapes = [(64, 64, 16, 8, 1)]
     elif not eights:  # rows that begin anywhere are read element by element
@@ -240,6 +241,12 @@ def tile_configs(
     else:
         shapes = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
     return as_configs(shapes)
+
+
+def interpreted_shapes(M: int, N: int, K: int) -> list[tuple[int, int, int, int, int]]:
+    """Small tiles, that small cases have several; large ones where there would be more than a hundred, as the
+    interpreter takes as long for each."""
+    return [(128, 128, 64, 4, 1)] if M * N * max(K, 32) > 2**22 else [(32, 32, 32, 4, 1)]
 
 
 def as_configs(shapes: Sequence[tuple[int, int, int, int, int]]) -> list[Config]:

@@ -19,6 +19,7 @@ from warploom_kernels._products import (
     as_configs,
     as_rows,
     elements_of_tile,
+    interpreted_shapes,
     persistent_grid,
     place_of_tile,
     tile_configs,
@@ -108,10 +109,10 @@ CHUNKS = 8  # of the vocabulary, in the backward: dhidden is read and written on
 SMALLEST_CHUNK = 4096
 
 
-def _lse_configs(arch: int, hidden: Tensor) -> list[Config]:
-    C = hidden.shape[1]
+def _lse_configs(arch: int, hidden: Tensor, V: int) -> list[Config]:
+    N, C = hidden.shape
     if arch == INTERPRETER:
-        shapes = [(32, 32, 32, 4, 1)]
+        shapes = interpreted_shapes(N, V, C)
     elif hidden.dtype == torch.float32:  # no tensor cores
         shapes = [(64, 64, 16, 8, 1)]
     elif C % 8:  # rows that begin anywhere are read element by element
@@ -131,7 +132,7 @@ def launch_linear_cross_entropy_fwd(
     x, w, targets = as_rows(hidden), weight.to(hidden.dtype).contiguous(), targets.reshape(-1).contiguous()
     (N, C), V = x.shape, weight.shape[0]
     arch = architecture(x.device)
-    configs = _lse_configs(arch, x)
+    configs = _lse_configs(arch, x, V)
     block = max(config.constants["BLOCK_N"] for config in configs)
     rows = triton.cdiv(max(N, 1), min(config.constants["BLOCK_M"] for config in configs))
     # As many shares as keep the card busy with four programs for each multiprocessor.
