@@ -5,7 +5,9 @@ import math
 import random
 
 import pytest
+import torch
 
+from warploom.cli import sample
 from warploom.cli.main import main
 from warploom.data.shards import TokenDataset
 from warploom.evaluation.perplexity import evaluate
@@ -71,6 +73,22 @@ def test_sample_continues_the_prompt(run_dir, capsys):
     assert capsys.readouterr().out == first
     assert main(["sample", str(run_dir), "--prompt", "a", "b", "--num-samples", "2", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.count("---\n") == 4
+
+
+def test_sample_computes_in_the_type_that_was_asked_for(run_dir, capsys, monkeypatch):
+    used = []
+    right = sample.generate
+
+    def watching(model, *rest, **options):
+        used.append((model.compute_dtype, {name: weight.dtype for name, weight in model.state_dict().items()}))
+        return right(model, *rest, **options)
+
+    monkeypatch.setattr(sample, "generate", watching)
+    for dtype in ("bf16", "fp32"):
+        assert main(["sample", str(run_dir), "--prompt", "bado", "--max-new-tokens", "10", "--dtype", dtype]) == 0
+        assert capsys.readouterr().out.startswith("bado")
+    assert [dtype for dtype, _ in used] == [torch.bfloat16, torch.float32]
+    assert set(used[0][1].values()) == {torch.float32}
 
 
 def test_eval_is_the_loss_of_the_run(run_dir, capsys):

@@ -51,6 +51,19 @@ def test_a_padded_vocabulary_has_no_words_of_its_own():
     assert len(drawn) > 20 and max(drawn) < 257
 
 
+def test_tokens_are_told_apart_that_bfloat16_does_not():
+    """The last product is made in float32: logits of 8 and more lie 1/16 apart in bfloat16."""
+    model = tiny(tie_embeddings=False)
+    model.compute_dtype = torch.bfloat16
+    with torch.no_grad():
+        hidden = model(torch.tensor([[256]]))[0, 0].float()  # of the empty prompt
+        model.output_weight.zero_()
+        model.output_weight[70] = 9.0 * hidden / hidden.dot(hidden)
+        model.output_weight[71] = 9.01 * hidden / hidden.dot(hidden)
+        assert torch.equal(*model.logits(hidden.bfloat16())[70:72])
+    assert generate(model, ByteCodec(), [""], SamplingConfig(temperature=0.0, max_new_tokens=1)) == [["G"]]
+
+
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "t5", "none")
 RAGGED = ["a", "the quick brown fox", "", "hello"]
 

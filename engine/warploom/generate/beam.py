@@ -61,7 +61,7 @@ def beam_search(
                 tokens[:, -1:], positions=positions, cache=cache, memory=memory, source_lengths=source_lengths
             )
             cache.advance()
-            log_probs = model.logits(hidden[:, 0]).float().log_softmax(-1)  # (B * num_beams, V)
+            log_probs = model.logits(hidden[:, 0].float()).log_softmax(-1)  # (B * num_beams, V)
             V = log_probs.shape[-1]
             totals = (scores.view(-1, 1) + log_probs).view(B, num_beams * V)
             # Of 2 * num_beams candidates at most num_beams end, so num_beams remain to go on.

@@ -169,7 +169,7 @@ class ContinuousBatch:
 
     def _draw(self, hidden: Tensor, rows: Sequence[int]) -> None:
         """Draw the next token of these rows from their hidden states (B, C), and tell those who asked."""
-        logits = self._model.logits(hidden).float().cpu()
+        logits = self._model.logits(hidden.float()).cpu()
         # A vocabulary that was padded for speed has rows that no token goes with; they are never drawn.
         known = min(logits.shape[-1], self._tokenizer.vocab_size)
         logits, log_probs = logits[:, :known], logits.log_softmax(-1)[:, :known]

@@ -134,7 +134,7 @@ def sample_tokens(
                 hidden = model(last[:, None], positions=(lengths - 1)[:, None], cache=cache, **arguments)[:, 0]
             if cache is not None:
                 cache.advance()
-            drawn = _next_tokens(model.logits(hidden).float()[:, :known], seen, sampling, generators)  # (B,)
+            drawn = _next_tokens(model.logits(hidden.float())[:, :known], seen, sampling, generators)  # (B,)
             tokens[rows, lengths] = drawn
             seen[rows, drawn] = True
             lengths = lengths + 1

@@ -24,13 +24,14 @@ def load_models(
     config: ServeConfig,
     *,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
     base: Path | None = None,
     on_skip: Callable[[str], None],
 ) -> dict[str, ServedModel]:
     """Load each checkpoint and name it after its folder. Raises UserError for one that cannot be served."""
     models: dict[str, ServedModel] = {}
     for path in checkpoints:
-        loaded = load_model(path, device=device, base=base, on_skip=on_skip)
+        loaded = load_model(path, device=device, dtype=dtype, base=base, on_skip=on_skip)
         if loaded.tokenizer is None or loaded.config.model.architecture != "decoder":
             raise UserError(f"{loaded.path} cannot be served: only a decoder that was trained on text can")
         batcher = Batcher(loaded.model, loaded.tokenizer, num_slots=config.slots, max_queue=config.queue)
