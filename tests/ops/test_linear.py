@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from warploom.ops import _extension, backend
+from warploom.ops import REGISTRY, _extension, backend
 from warploom.ops._op import BackendUnavailable
 
 OPERATORS = torch.ops.warploom
@@ -36,3 +36,19 @@ def test_the_cpu_kernels_leave_the_mask():
         y, mask = OPERATORS.linear_fwd(x, weight, None, None, "relu", True)
     with backend(linear="cpu"), pytest.raises(BackendUnavailable, match="no bit mask"):
         OPERATORS.linear_bwd(y, x, weight, None, mask, "relu", True, True, True)
+
+
+@pytest.mark.parametrize(("activation", "enough"), [("gelu", 32), ("silu", 32), ("relu", 256), ("relu2", 256)])
+def test_few_rows_in_float32_are_left_to_torch(activation, enough):
+    """Sampling reads a row at a time, and a weight that is packed for each is read three times."""
+
+    def why(rows, dtype):
+        return (
+            REGISTRY["linear"]
+            .backends["cpu"]
+            .slower["fwd"](draw(rows, 8).to(dtype), draw(16, 8), None, None, activation, False)
+        )
+
+    assert f"fewer than {enough} rows" in why(enough - 1, torch.float32)
+    assert why(enough, torch.float32) is None
+    assert why(1, torch.bfloat16) is None
