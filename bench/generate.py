@@ -5,7 +5,8 @@
 A model of random weights is exported and loaded by transformers; both read prompts of 64 tokens and add the likeliest
 token 64 times, with their caches. read is the share of the rate at which this machine reads memory that the bytes of
 the weights make up, each read once a token: what no program that decodes a single row can exceed. Before anything is
-timed the texts must be the same in float32, and in bfloat16 our logits may be off by twice what theirs are.
+timed the texts must be the same in float32, and in bfloat16 our logits may be off by twice what theirs are, and theirs
+by a twentieth of the largest.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def check(model: Transformer, dtype: torch.dtype, other: nn.Module, prompts: Ten
         model.compute_dtype = dtype
         off = (model.logits(model(tokens).float()) - exact).abs().max().item()
         theirs_off = (other(tokens).logits.float() - exact).abs().max().item()
-    if not off <= 2 * theirs_off:
+    if not off <= 2 * theirs_off or not theirs_off <= 0.05 * exact.abs().max():
         raise SystemExit(f"our logits are off by {off:.3g}, theirs by {theirs_off:.3g}: wrong, so nothing is timed")
 
 
