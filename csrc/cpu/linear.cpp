@@ -1,6 +1,9 @@
 #include "cpu/linear.h"
 
+#include <type_traits>
+
 #include "cpu/activation.h"
+#include "cpu/few_rows.h"
 #include "cpu/linear_gradients.h"
 
 namespace warploom::cpu::WARPLOOM_LEVEL {
@@ -32,6 +35,9 @@ RightPanels<T> forward_panels(const LinearForward<T, W>& args) {
 
 template <class T, class W>
 void linear_fwd(const LinearForward<T, W>& args) {
+  if constexpr (std::is_floating_point_v<T>) {  // of 16-bit elements packing makes what the matrix units take
+    if (args.M <= kFewRows && !args.transposed) return linear_fwd_of_few_rows(args);
+  }
   const int64_t F = args.F;
   const Operand<T, /*kAlongK=*/true> x = {args.x, args.C, args.M, args.C};
   const RightPanels<T> weight = forward_panels(args);

@@ -38,17 +38,34 @@ def test_the_cpu_kernels_leave_the_mask():
         OPERATORS.linear_bwd(y, x, weight, None, mask, "relu", True, True, True)
 
 
+def why_left_to_torch(rows, activation, dtype=torch.float32, *, C=8, F=16, transposed=False):
+    x, weight = draw(rows, C).to(dtype), draw(C, F).mT if transposed else draw(F, C)
+    return REGISTRY["linear"].backends["cpu"].slower["fwd"](x, weight, None, None, activation, False)
+
+
 @pytest.mark.parametrize(("activation", "enough"), [("gelu", 32), ("silu", 32), ("relu", 256), ("relu2", 256)])
-def test_few_rows_in_float32_are_left_to_torch(activation, enough):
-    """Sampling reads a row at a time, and a weight that is packed for each is read three times."""
+def test_float32_is_left_to_torch_between_few_rows_and_many(activation, enough):
+    assert why_left_to_torch(16, activation) is None
+    assert f"fewer than {enough} rows" in why_left_to_torch(17, activation)
+    assert f"fewer than {enough} rows" in why_left_to_torch(enough - 1, activation)
+    assert why_left_to_torch(enough, activation) is None
+    assert why_left_to_torch(17, activation, torch.bfloat16) is None
 
-    def why(rows, dtype):
-        return (
-            REGISTRY["linear"]
-            .backends["cpu"]
-            .slower["fwd"](draw(rows, 8).to(dtype), draw(16, 8), None, None, activation, False)
-        )
 
-    assert f"fewer than {enough} rows" in why(enough - 1, torch.float32)
-    assert why(enough, torch.float32) is None
-    assert why(1, torch.bfloat16) is None
+def test_plain_products_in_float32_are_left_to_torch_but_for_few_rows():
+    assert why_left_to_torch(16, "none") is None
+    assert why_left_to_torch(1, "none", C=512, F=4096) is None
+    assert "plain product" in why_left_to_torch(17, "none")
+    assert "plain product" in why_left_to_torch(1, "none", transposed=True)
+
+
+@pytest.mark.skipif(_extension.missing is not None, reason=str(_extension.missing))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_does_not_depend_on_those_beside_it(dtype):
+    """Of up to 16 rows, whose sums have one order."""
+    x, weight, bias = draw(16, 70).to(dtype), draw(131, 70).to(dtype), draw(131).to(dtype)
+    with backend(linear="cpu"):
+        together = OPERATORS.linear_fwd(x, weight, bias, None, "silu", False)[0]
+        for row in range(16):
+            alone = OPERATORS.linear_fwd(x[row], weight, bias, None, "silu", False)[0]
+            assert torch.equal(alone, together[row])

@@ -32,8 +32,9 @@ from warploom.models.config import TransformerConfig
 from warploom.models.recompute import run_block
 from warploom.nn.attention import AttentionCache, AttentionContext
 from warploom.nn.embedding import Embedding
-from warploom.nn.linear import Linear
+from warploom.nn.linear import Linear, parameters_for
 from warploom.nn.norm import Norm
+from warploom.ops.linear import linear
 from warploom.ops.linear_cross_entropy import ClassShard, linear_cross_entropy
 
 # The last module of each sub-layer: what it returns is added to the residual stream.
@@ -246,8 +247,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the next-token logits (..., V) of hidden states (..., C), in their dtype."""
-        bias = None if self.output_bias is None else self.output_bias.to(hidden.dtype)
-        return F.linear(hidden, self.output_weight.to(hidden.dtype), bias)
+        return linear(hidden, *parameters_for(hidden, self.output_weight, self.output_bias))
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum"] = "mean", **arguments: Any

@@ -38,11 +38,14 @@ class Linear(nn.Linear):
         return linear(x, *self.parameters_for(x), self.activation, self.packed)
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias in a dtype that the op takes with x: as they are where that is one."""
-        weight, bias = self.weight, self.bias
-        if weight.dtype == x.dtype or (weight.dtype == torch.float32 and x.dtype != torch.float64):
-            return weight, bias
-        return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return parameters_for(x, self.weight, self.bias)
+
+
+def parameters_for(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias in a dtype that the op takes with x: as they are where that is one."""
+    if weight.dtype == x.dtype or (weight.dtype == torch.float32 and x.dtype != torch.float64):
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
 def keep_packed(model: nn.Module) -> dict[Tensor, PackedWeight]:

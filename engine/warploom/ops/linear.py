@@ -307,6 +307,26 @@ def is_left_to_torch(x: Tensor, activation: str) -> str | None:
     return None
 
 
+FEW_ROWS = 16  # kFewRows of csrc/cpu/few_rows.h
+
+
+def is_forward_left_to_torch(x: Tensor, activation: str, *weights: Tensor) -> str | None:
+    """Why a forward call with these weights is left to torch, None if it is not.
+
+    In float32 up to 16 rows have a kernel that reads the weight as it lies. Beyond those the weight is packed for every
+    call. By measurement on one core of a Sapphire Rapids, 384 x 1536 and 768 x 3072: 32 rows take 1.1 of torch's speed
+    with a GELU; 32, 128 and 256 rows 0.7, 0.86 and 0.9 to 1.0 with a ReLU, which torch has in fewer instructions.
+    """
+    if _packs(x.dtype):
+        return None
+    if x.numel() <= FEW_ROWS * x.shape[-1] and not any(_is_transposed(weight) for weight in weights):
+        return None
+    enough = 256 if activation in ("relu", "relu2") else 32
+    if activation != "none" and x.numel() < enough * x.shape[-1]:
+        return f"packing the weight for fewer than {enough} rows costs more than torch's product and {activation}"
+    return is_left_to_torch(x, activation)
+
+
 def _cuda_refuses(x: Tensor, weight: Tensor, activation: str) -> str | None:
     if not _packs(x.dtype):
         return f"it multiplies bfloat16 and float16, not {x.dtype}"
@@ -318,27 +338,18 @@ def _cuda_refuses(x: Tensor, weight: Tensor, activation: str) -> str | None:
 
 
 def _packing_costs_more(x: Tensor, weight: Tensor, panels: Tensor | None, activation: str) -> str | None:
-    """Why a plain product with a weight that nobody keeps packed is left to torch, None if it is not. By measurement on
-    one core of a Sapphire Rapids: 32 to 1024 rows times 768 x 3072 take 0.69 to 0.94 of torch's speed, kept packed 1.02
-    to 1.34; smaller weights and more rows win or are level. A float32 master is cast by torch, and so never left."""
-    if activation == "none" and panels is None and weight.dtype == x.dtype and weight.numel() >= _LARGE_WEIGHT:
+    """Why a plain 16-bit product with a weight that nobody keeps packed is left to torch, None if it is not. By
+    measurement on one core of a Sapphire Rapids: 32 to 1024 rows times 768 x 3072 take 0.69 to 0.94 of torch's speed,
+    kept packed 1.02 to 1.34; smaller weights and more rows win or are level. A float32 master is cast by torch, and so
+    never left."""
+    is_packed_here = _packs(x.dtype) and panels is None and weight.dtype == x.dtype
+    if activation == "none" and is_packed_here and weight.numel() >= _LARGE_WEIGHT:
         if x.numel() < _MANY_ROWS * weight.shape[1]:
             return f"packing a large {x.dtype} weight for few rows costs more than torch's product: keep it packed"
     return None
 
 
 _LARGE_WEIGHT, _MANY_ROWS = 1 << 19, 2048
-
-
-def _few_rows_in_float32(x: Tensor, weight: Tensor, activation: str) -> str | None:
-    """Why a forward in float32, whose weight is packed for every call, is left to torch, None if it is not. By
-    measurement on one core of a Sapphire Rapids, 384 x 1536 and 768 x 3072: 1, 16 and 32 rows take 0.3, 0.9 and 1.1 of
-    torch's speed with a GELU; 1, 32, 128 and 256 rows 0.3, 0.7, 0.86 and 0.9 to 1.0 with a ReLU, which torch has in
-    fewer instructions. From there on the product and the activation in one pass win."""
-    enough = 256 if activation in ("relu", "relu2") else 32
-    if not _packs(x.dtype) and x.numel() < enough * weight.shape[1]:
-        return f"packing the weight for fewer than {enough} rows costs more than torch's product and {activation}"
-    return None
 
 
 def left_to_cublas(x: Tensor, activation: str) -> str | None:
@@ -404,7 +415,7 @@ OP = Op(
             kernels={s: _extension.cpu_kernel(f"linear_{s}") for s in _SCHEMAS},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("linear_fwd", "linear_bwd", "linear_pack"),
-            leaves="float32 without an activation or of few rows, and few rows of a large weight that is not packed",
+            leaves="plain products in float32 of more than 16 rows, and few rows of a large weight that is not packed",
             refuses={
                 "fwd": lambda x, weight, bias, panels, activation, need_saved: _cpu_refuses(
                     weight, activation == "relu" and need_saved
@@ -415,9 +426,8 @@ OP = Op(
             },
             slower={
                 "fwd": lambda x, weight, bias, panels, activation, need_saved: (
-                    is_left_to_torch(x, activation)
+                    is_forward_left_to_torch(x, activation, weight)
                     or _packing_costs_more(x, weight, panels, activation)
-                    or _few_rows_in_float32(x, weight, activation)
                 ),
                 "bwd": lambda dy, x, weight, panels, saved, activation, *needs: (
                     is_left_to_torch(x, activation) or _packing_costs_more(x, weight, panels, activation)
@@ -501,6 +511,7 @@ OP = Op(
             )
         ),
         Case("batched", _case(2, 3, 64, C=48)),
+        Case("sixteen_rows", _case(16, 193, C=70, activation="gelu")),
         Case("tiny_transposed", _case(3, 5, C=4, transposed=True), gradcheck=True),
         Case("transposed", _case(131, 97, C=80, transposed=True, activation="gelu")),
         Case("transposed_float32_weight", _case(70, 90, C=100, transposed=True), _HALF, wide=("weight", "bias")),

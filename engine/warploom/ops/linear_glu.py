@@ -18,6 +18,7 @@ from warploom.ops.linear import (
     DERIVATIVES,
     PackedWeight,
     check_parameters,
+    is_forward_left_to_torch,
     is_left_to_torch,
     refuses_empty,
     rounded,
@@ -206,10 +207,10 @@ OP = Op(
                 "bwd": lambda dy, x, weights, *_: refuses_empty(*weights),
             },
             slower={
-                "fwd": lambda x, *_: is_left_to_torch(x, "none"),
+                "fwd": lambda x, weights, *_: is_forward_left_to_torch(x, "none", *weights),
                 "bwd": lambda dy, x, *_: is_left_to_torch(x, "none"),
             },
-            leaves="float32",
+            leaves="float32 of more than 16 rows",
         ),
         "triton": Backend(
             kernels={s: _triton.launcher("linear_glu", f"launch_linear_glu_{s}") for s in ("fwd", "bwd")},

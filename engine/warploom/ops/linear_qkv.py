@@ -18,6 +18,7 @@ from warploom.ops._op import Backend, BadCase, BenchCase, Case, Op
 from warploom.ops.linear import (
     PackedWeight,
     check_parameters,
+    is_forward_left_to_torch,
     is_left_to_torch,
     left_to_cublas,
     refuses_empty,
@@ -165,8 +166,11 @@ OP = Op(
                 "fwd": lambda x, weights, *_: refuses_empty(*weights),
                 "bwd": lambda x, dys, weights, *_: refuses_empty(*weights),
             },
-            slower={s: lambda x, *_: is_left_to_torch(x, "none") for s in ("fwd", "bwd")},
-            leaves="float32",
+            slower={
+                "fwd": lambda x, weights, *_: is_forward_left_to_torch(x, "none", *weights),
+                "bwd": lambda x, *_: is_left_to_torch(x, "none"),
+            },
+            leaves="float32 of more than 16 rows",
         ),
         "triton": Backend(
             kernels={s: _triton.launcher("linear_qkv", f"launch_linear_qkv_{s}") for s in ("fwd", "bwd")},
