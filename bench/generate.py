@@ -3,10 +3,8 @@
     python -m bench.generate [--config gpt2] [--dtype fp32 bf16] [--batch-size 1 8] [--budget-s 20] [--json FILE]
 
 A model of random weights is exported and loaded by transformers; both read prompts of 64 tokens and add the likeliest
-token 64 times, with their caches. read is the share of the rate at which this machine reads memory that the bytes of
-the weights make up, each read once a token: what no program that decodes a single row can exceed. Before anything is
-timed the texts must be the same in float32, and in bfloat16 our logits may be off by twice what theirs are, and theirs
-by a twentieth of the largest.
+token 64 times, with their caches. Before anything is timed the texts must be the same in float32, and in bfloat16 our
+logits may be off by twice what theirs are, and theirs by a twentieth of the largest.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from bench.harness import copy_ceiling, interleave, print_fingerprint, print_table, write_records
+from bench.harness import interleave, print_fingerprint, print_table, write_records
 from warploom.generate.distribution import SamplingConfig
 from warploom.generate.sampler import row_generator, sample_tokens
 from warploom.interchange.hugging_face import export_model
@@ -96,20 +94,11 @@ def measure(name: str, dtype: str, batch_size: int, budget_s: float) -> list[dic
     other = load_theirs(model, DTYPES[dtype])
     check(model, DTYPES[dtype], other, prompts)
     model.compute_dtype = DTYPES[dtype]
-    copying = copy_ceiling()
     subjects: dict[str, Callable[[], object]] = {
         "warploom": lambda: ours(model, prompts),
         "transformers": lambda: theirs(other, prompts),
-        "copy": copying.call,
     }
     timings = interleave(subjects, budget_s=budget_s)
-    # A copy reads and writes; what it moves in a second is what a program that only reads could read in it.
-    rate = copying.work / timings["copy"].median_s
-    last = model.output_weight.numel() * 4  # its products are in float32
-    sizes = {
-        "warploom": last + (weights_of_products(model) - model.output_weight.numel()) * DTYPES[dtype].itemsize,
-        "transformers": weights_of_products(model) * DTYPES[dtype].itemsize,
-    }
     return [
         {
             "bench": "generate",
@@ -119,17 +108,10 @@ def measure(name: str, dtype: str, batch_size: int, budget_s: float) -> list[dic
             "subject": subject,
             "tokens_per_s": batch_size * NEW_TOKENS / timings[subject].median_s,
             "speedup": timings["transformers"].median_s / timings[subject].median_s,
-            "read_share": sizes[subject] * NEW_TOKENS / timings[subject].median_s / rate,
             "spread": timings[subject].spread,
         }
-        for subject in sizes
+        for subject in subjects
     ]
-
-
-def weights_of_products(model: Transformer) -> int:
-    """How many weights a token is multiplied with, those of the last layer among them."""
-    inner = sum(each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear))
-    return inner + (model.output_weight.numel() if model.lm_head is None else 0)
 
 
 @dataclass(frozen=True)
@@ -162,7 +144,7 @@ def main(arguments: Arguments) -> None:
     ]
     print_table(
         f"prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} more",
-        ("config", "dtype", "rows", "", "tokens/s", "against transformers", "read", "spread"),
+        ("config", "dtype", "rows", "", "tokens/s", "against transformers", "spread"),
         (
             (
                 record["config"],
@@ -171,7 +153,6 @@ def main(arguments: Arguments) -> None:
                 record["subject"],
                 f"{record['tokens_per_s']:.1f}",
                 f"{record['speedup']:.2f}x",
-                f"{record['read_share']:.2f}",
                 f"{record['spread']:.0%}",
             )
             for record in records
