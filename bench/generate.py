@@ -66,7 +66,8 @@ def load_theirs(model: Transformer, dtype: torch.dtype) -> nn.Module:
         export_model(model, Path(scratch) / "model")
         loaded = transformers.AutoModelForCausalLM.from_pretrained(Path(scratch) / "model", dtype=dtype)
     loaded.generation_config.eos_token_id = None
-    return loaded.eval()  # type: ignore[no-any-return]
+    model_of_theirs: nn.Module = loaded.eval()
+    return model_of_theirs
 
 
 def check(model: Transformer, dtype: torch.dtype, other: nn.Module, prompts: Tensor) -> None:

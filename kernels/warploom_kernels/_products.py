@@ -205,7 +205,8 @@ def elements_of_tile(tile_m, tile_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 
 def persistent_grid(device: torch.device, M: int, N: int) -> Grid:
-    """A program for each multiprocessor, or for each tile if these are fewer. Without columns, rows have their sums."""
+    """A program for each multiprocessor, or for each tile if these are fewer. A product without columns has tiles too:
+    its rows' sums may be wanted."""
     programs = num_multiprocessors(device)
     return lambda c: (min(programs, triton.cdiv(M, c["BLOCK_M"]) * max(triton.cdiv(N, c["BLOCK_N"]), 1)),)
 
