@@ -415,7 +415,7 @@ OP = Op(
             kernels={s: _extension.cpu_kernel(f"linear_{s}") for s in _SCHEMAS},
             devices=("cpu",),
             missing=lambda: _extension.why_missing("linear_fwd", "linear_bwd", "linear_pack"),
-            leaves="float32 of more than 16 rows (of 17 to 31 with an activation, 255 with a ReLU), a large unpacked weight",
+            leaves="float32 of more than 16 rows (17 to 31 with an activation, 255 with ReLU), large unpacked weights",
             refuses={
                 "fwd": lambda x, weight, bias, panels, activation, need_saved: _cpu_refuses(
                     weight, activation == "relu" and need_saved
